@@ -1,0 +1,1 @@
+"""Prompts, parsing, the tool loop and the rollout tree; no Lightning, no vLLM."""

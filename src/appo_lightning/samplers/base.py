@@ -1,0 +1,99 @@
+"""The contract of a rollout engine: token ids in, token ids and their log-probs out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(slots=True)
+class SampleRequest:
+    """Continue ``token_ids``."""
+
+    id: int  # chosen by the caller, unique among unfinished requests
+    token_ids: list[int]  # prompt and everything that follows it so far
+    max_tokens: int  # at least 1
+    seed: int  # the completion is a function of weights, token_ids and seed
+    temperature: float = 1.0  # 0.0 = greedy; log-probs are then those of temperature 1
+    top_p: float = 1.0
+    top_k: int = 0  # 0 = off
+    stop: tuple[str, ...] = ()  # generation ends with the token that completes one of these strings
+
+
+@dataclass(slots=True)
+class Completion:
+    """The answer to a request."""
+
+    id: int
+    token_ids: list[int]  # sampled tokens, the stopping token (EOS too) included
+    logprobs: list[float]  # nats; of each sampled token under the distribution it was drawn from
+    finish: Literal["stop", "eos", "length"]
+    cached_tokens: int = 0  # tokens of the request served from a prefix cache
+
+
+class Sampler(ABC):
+    """A rollout engine that holds its own copy of the policy's weights.
+
+    Lifecycle: ``start`` once, then ``load_weights`` after every change of the policy, ``submit`` and ``step`` until
+    ``num_unfinished`` is 0, ``close`` at the end. Single-threaded: the rollout loop owns it.
+    """
+
+    provides_logprobs: bool = True  # branching and the policy ratio need them
+
+    @abstractmethod
+    def start(self, checkpoint: str, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> None:
+        """Load the policy of a transformers checkpoint directory.
+
+        Args:
+            checkpoint: directory or Hub id that ``AutoModelForCausalLM.from_pretrained`` accepts.
+            tokenizer: the policy's tokenizer: stop strings and EOS.
+            max_length: longest sequence (prompt + response) in tokens.
+        """
+
+    @abstractmethod
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Replace all weights (transformers parameter names, full tensors) and forget cached prefixes.
+
+        Raises:
+            SamplerError: requests are unfinished, or a name or shape does not fit.
+        """
+
+    @abstractmethod
+    def submit(self, request: SampleRequest) -> None:
+        """Queue a request; it joins the running batch at the next step.
+
+        Raises:
+            SamplerError: the request does not fit into ``max_length``.
+        """
+
+    @abstractmethod
+    def step(self) -> list[Completion]:
+        """Advance the running batch and return what finished; empty when nothing did."""
+
+    @abstractmethod
+    def abort(self, ids: Sequence[int]) -> None:
+        """Drop unfinished requests."""
+
+    @property
+    @abstractmethod
+    def num_unfinished(self) -> int:
+        """Requests submitted and not yet returned."""
+
+    def close(self) -> None:
+        """Release the engine. Safe to call twice."""
+
+
+def generate(sampler: Sampler, requests: Sequence[SampleRequest]) -> list[Completion]:
+    """Run requests to the end and return completions in the order of the requests."""
+    for request in requests:
+        sampler.submit(request)
+    finished: dict[int, Completion] = {}
+    while sampler.num_unfinished:
+        finished.update({completion.id: completion for completion in sampler.step()})
+    return [finished[request.id] for request in requests]

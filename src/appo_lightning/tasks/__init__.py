@@ -1,0 +1,1 @@
+"""Where questions come from: the embedded world and dataset readers."""

@@ -1,0 +1,75 @@
+"""The contract of a tool: one session per trajectory, text in, text out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from appo_lightning.types import Task
+
+
+class ToolSession(ABC):
+    """A tool as one trajectory sees it. Calls of one session never overlap; sessions run in parallel threads."""
+
+    @abstractmethod
+    def call(self, argument: str) -> str:
+        """Answer one call.
+
+        Raises:
+            ToolFailure: the call could not be answered; the message is shown to the policy.
+        """
+
+    def interrupt(self) -> None:
+        """Make a running ``call`` return soon; called from another thread when its time is up."""
+
+    def close(self) -> None:
+        """Release what the session holds. Safe to call twice."""
+
+
+class Tool(ABC):
+    """Something the policy may call by writing ``<name>argument</name>``.
+
+    Attributes:
+        name: the tag.
+        description: one sentence for the prompt and the docs.
+        timeout_s: wall-clock limit of one call, seconds.
+        stateful: sessions remember earlier calls; a branch then replays the calls of its prefix.
+    """
+
+    name: str
+    description: str = ""
+    timeout_s: float = 10.0
+    stateful: bool = False
+
+    @abstractmethod
+    def open(self, task: Task) -> ToolSession:
+        """Start a session for one trajectory of ``task``. Must be cheap: it is called for every trajectory that
+        uses the tool.
+        """
+
+    def close(self) -> None:
+        """Release shared resources at the end of the run. Safe to call twice."""
+
+
+class StatelessTool(Tool):
+    """A tool whose answer depends on the argument and the task only: implement ``run``."""
+
+    @abstractmethod
+    def run(self, argument: str, task: Task) -> str:
+        """Answer one call.
+
+        Raises:
+            ToolFailure: the call could not be answered; the message is shown to the policy.
+        """
+
+    def open(self, task: Task) -> ToolSession:  # noqa: D102
+        return _StatelessSession(self, task)
+
+
+class _StatelessSession(ToolSession):
+    def __init__(self, tool: StatelessTool, task: Task) -> None:
+        self._tool, self._task = tool, task
+
+    def call(self, argument: str) -> str:
+        return self._tool.run(argument, self._task)
