@@ -1,0 +1,286 @@
+"""A causal language model that scores tokens: log-probs and entropies, never a ``[B, L, V]`` tensor.
+
+Axis letters: ``B`` sequences, ``L`` padded tokens, ``n`` selected tokens, ``D`` hidden size, ``V`` vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+
+from appo_lightning.errors import ConfigurationError
+from appo_lightning.policy.options import PolicyOptions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Models whose logits are more than a linear map of the last hidden state say so by one of these.
+_LOGIT_TRANSFORMS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
+
+
+@dataclass(slots=True)
+class TokenScores:
+    """What the policy thinks of each token of a batch."""
+
+    logprobs: Tensor  # [B, L] nats; 0 where not asked for
+    entropies: Tensor | None  # [B, L] nats over the full vocabulary, no gradient; 0 where not asked for
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The whole tensor of a shard. Collective when sharded: every rank must call it in the same order."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+class CausalPolicy(nn.Module):
+    """A transformers causal LM, optionally with LoRA adapters, and its tokenizer.
+
+    Args:
+        options: see ``PolicyOptions``.
+
+    Raises:
+        ConfigurationError: the path holds no checkpoint, or LoRA targets do not exist.
+    """
+
+    def __init__(self, options: PolicyOptions) -> None:
+        super().__init__()
+        self.options = options
+        self.tokenizer = load_tokenizer(options.path)
+        self.model: nn.Module = _load_model(options)
+        if options.lora is not None:
+            self.model = _with_adapters(self.model, options)
+        config = self._causal_lm.config
+        for name in _LOGIT_TRANSFORMS:
+            if getattr(config, name, None) not in (None, 1, 1.0):
+                raise ConfigurationError(
+                    f"{options.path}: config.{name} = {getattr(config, name)} transforms the logits, which this "
+                    "policy does not compute; use a model without it"
+                )
+
+    @property
+    def _causal_lm(self) -> Any:
+        model: Any = self.model
+        return model.get_base_model() if hasattr(model, "peft_config") else model
+
+    @property
+    def decoder_layers(self) -> nn.ModuleList:
+        """The transformer blocks, the natural units of sharding."""
+        return self._causal_lm.get_decoder().layers
+
+    @property
+    def max_positions(self) -> int:
+        """Longest sequence that the model's position encoding was made for."""
+        return int(self._causal_lm.config.max_position_embeddings)
+
+    def forward(
+        self, token_ids: Tensor, lengths: Tensor, mask: Tensor, temperature: float, with_entropy: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """See ``score``; goes through ``forward`` so that FSDP2's hooks gather the weights."""
+        batch, width = token_ids.shape
+        attention_mask = torch.arange(width, device=token_ids.device)[None] < lengths[:, None]
+        model = self._causal_lm
+        hidden = model.get_decoder()(
+            input_ids=token_ids, attention_mask=attention_mask, use_cache=False
+        ).last_hidden_state  # [B, L, D]
+        # The hidden state at t-1 predicts token t.
+        rows, columns = mask[:, 1:].nonzero(as_tuple=True)
+        head = model.get_output_embeddings()
+        targets = token_ids[rows, columns + 1]
+        selected = hidden[rows, columns]  # [n, D]
+        logprobs, entropies = [], []
+        for states, ids in zip(
+            selected.split(self.options.logit_chunk), targets.split(self.options.logit_chunk), strict=True
+        ):
+            if torch.is_grad_enabled():
+                logprob, entropy = checkpoint(
+                    _score_tokens, head, states, ids, temperature, with_entropy, use_reentrant=False
+                )
+            else:
+                logprob, entropy = _score_tokens(head, states, ids, temperature, with_entropy)
+            logprobs.append(logprob)
+            entropies.append(entropy)
+        index = (rows, columns + 1)
+        out = selected.new_zeros((batch, width), dtype=torch.float32)
+        scored = out.index_put(index, torch.cat(logprobs)) if logprobs else out + 0.0 * selected.float().sum()
+        if not with_entropy:
+            return scored, None
+        return scored, out.index_put(index, torch.cat(entropies)) if entropies else out
+
+    def score(
+        self,
+        token_ids: Tensor,
+        lengths: Tensor,
+        *,
+        mask: Tensor | None = None,
+        temperature: float = 1.0,
+        entropy: bool = False,
+    ) -> TokenScores:
+        """Log-prob (and entropy) of each token given the tokens before it, at a temperature.
+
+        Args:
+            token_ids: [B, L] right-padded.
+            lengths: [B] tokens of each sequence.
+            mask: [B, L] bool, the tokens to score; None scores all but the first. The first token has no
+                prediction and is never scored.
+            temperature: logits are divided by it.
+            entropy: also return exact entropies (no gradient).
+
+        Returns:
+            ``logprobs[:, t] = log p(token_t | tokens < t)``, float32; 0 outside the mask and the padding.
+        """
+        inside = torch.arange(token_ids.shape[1], device=token_ids.device)[None] < lengths[:, None]
+        mask = inside if mask is None else mask & inside
+        return TokenScores(*self(token_ids, lengths, mask, temperature, entropy))
+
+    @torch.no_grad()
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every weight under its transformers name, whole, with adapters folded in; the module is untouched.
+
+        One tensor at a time, so that the peak under sharding is one tensor. Collective under sharding: every rank
+        must exhaust it.
+        """
+        self.reshard()
+        adapted = _adapted_modules(self.model)
+        for name, parameter in self.model.named_parameters():
+            if ".lora_" in name:
+                continue
+            weight = full_tensor(parameter.detach())
+            owner, _, leaf = name.rpartition(".base_layer.")
+            if owner and leaf == "weight":
+                layer = adapted[owner]
+                for adapter in layer.active_adapters:
+                    down, up = (full_tensor(m[adapter].weight.detach()) for m in (layer.lora_A, layer.lora_B))
+                    delta = (up.float() @ down.float()) * layer.scaling[adapter]
+                    weight = (weight.float() + delta).to(weight.dtype)
+            yield _transformers_name(name), weight
+
+    def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters that the optimiser moves, by their name inside this module."""
+        return ((name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad)
+
+    def reshard(self) -> None:
+        """Under FSDP2, give gathered parameters back; after a no-grad forward the root keeps them otherwise."""
+        for module in self.modules():
+            if hasattr(module, "reshard"):
+                module.reshard()  # type: ignore[operator]
+
+    @torch.no_grad()
+    def adapter_weights(self) -> dict[str, Tensor]:
+        """LoRA tensors under PEFT's names, whole. Collective under sharding."""
+        self.reshard()
+        return {n: full_tensor(p.detach()).cpu() for n, p in self.model.named_parameters() if ".lora_" in n}
+
+    def save(self, directory: str | Path, weights: dict[str, Tensor]) -> None:
+        """Write a checkpoint directory with its tokenizer.
+
+        Args:
+            directory: made if missing.
+            weights: what ``named_weights`` gave: an ordinary checkpoint for ``AutoModelForCausalLM``; or what
+                ``adapter_weights`` gave: the adapters alone, for PEFT.
+        """
+        model: Any = self._causal_lm
+        if any(".lora_" in name for name in weights):
+            model = self.model
+        elif self.options.lora is not None:
+            # A fresh module: the live one carries adapters in its module tree.
+            with torch.device("meta"):
+                model = type(model)(model.config)
+        model.save_pretrained(str(directory), state_dict={name: w.cpu() for name, w in weights.items()})
+        if self.options.lora is not None and model is not self.model and model.generation_config is not None:
+            self._causal_lm.generation_config.save_pretrained(str(directory))
+        self.tokenizer.save_pretrained(str(directory))
+
+
+def _score_tokens(
+    head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float, with_entropy: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probs [n] of the targets, entropies [n], from hidden states [n, D]."""
+    logits = head(hidden).float()
+    if temperature != 1.0:
+        logits = logits / temperature
+    log_normaliser = logits.logsumexp(-1)
+    logprobs = logits.gather(-1, targets[:, None])[:, 0] - log_normaliser
+    if not with_entropy:
+        return logprobs, None
+    with torch.no_grad():
+        entropy = log_normaliser - (logits.softmax(-1) * logits).sum(-1)
+    return logprobs, entropy
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint.
+
+    Raises:
+        ConfigurationError: there is none at the path.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigurationError(
+            f"policy.path = {path!r}: expected a transformers checkpoint directory or Hub id with a tokenizer, "
+            f"found none ({_first_line(error)})"
+        ) from error
+
+
+def _load_model(options: PolicyOptions) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            options.path,
+            dtype=getattr(torch, options.dtype),
+            attn_implementation=options.attn_implementation,
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ConfigurationError(
+            f"policy.path = {options.path!r}: expected a causal LM that transformers can load, "
+            f"got: {_first_line(error)}"
+        ) from error
+    if options.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def _with_adapters(model: nn.Module, options: PolicyOptions) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    assert options.lora is not None
+    config = LoraConfig(
+        r=options.lora.rank,
+        lora_alpha=options.lora.alpha,  # type: ignore[arg-type]
+        target_modules=options.lora.target_modules,
+        task_type="CAUSAL_LM",
+    )
+    if options.gradient_checkpointing:
+        # Frozen embeddings give no gradient to the first checkpointed block otherwise.
+        model.enable_input_require_grads()  # type: ignore[operator]
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise ConfigurationError(f"policy.lora: {_first_line(error)}") from error
+
+
+def _adapted_modules(model: nn.Module) -> dict[str, Any]:
+    if not hasattr(model, "peft_config"):
+        return {}
+    from peft.tuners.lora import LoraLayer
+
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+def _transformers_name(name: str) -> str:
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
