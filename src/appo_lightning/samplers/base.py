@@ -37,6 +37,17 @@ class Completion:
     cached_tokens: int = 0  # tokens of the request served from a prefix cache
 
 
+@dataclass(slots=True)
+class SamplerStats:
+    """Counters since ``start``."""
+
+    generated_tokens: int = 0  # of completions that were returned
+    prompt_tokens: int = 0  # of completions that were returned; cached ones included
+    cached_tokens: int = 0  # prompt tokens served from a prefix cache
+    steps: int = 0
+    seconds: float = 0.0  # wall clock inside ``step``
+
+
 class Sampler(ABC):
     """A rollout engine that holds its own copy of the policy's weights.
 
@@ -84,6 +95,10 @@ class Sampler(ABC):
     @abstractmethod
     def num_unfinished(self) -> int:
         """Requests submitted and not yet returned."""
+
+    def stats(self) -> SamplerStats:
+        """A snapshot of the counters; zeros from a sampler that does not count."""
+        return SamplerStats()
 
     def close(self) -> None:
         """Release the engine. Safe to call twice."""

@@ -1,0 +1,174 @@
+"""What every sampler does the same way: check requests, recognise the end of a response, take in weights."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+
+from appo_lightning.errors import SamplerError
+from appo_lightning.samplers.base import SampleRequest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Engines clamp or ignore what is colder; the log-probs would then not be those of the temperature asked for.
+MIN_TEMPERATURE = 0.01
+
+
+def check_request(request: SampleRequest, *, max_length: int, vocab_size: int, unfinished: Collection[int]) -> None:
+    """Refuse a request that no engine could answer as asked.
+
+    Raises:
+        SamplerError: the id is taken, a number is out of range, or the request does not fit into ``max_length``.
+    """
+    length = len(request.token_ids)
+    if request.id in unfinished:
+        raise SamplerError(f"request id {request.id} is already in use by an unfinished request")
+    if length == 0:
+        raise SamplerError(f"request {request.id} has no token_ids: give at least one token (BOS) to continue")
+    if min(request.token_ids) < 0 or max(request.token_ids) >= vocab_size:
+        raise SamplerError(
+            f"request {request.id} holds token ids {min(request.token_ids)} to {max(request.token_ids)}, "
+            f"the policy knows 0 to {vocab_size - 1}: use the tokenizer that belongs to the policy"
+        )
+    if request.max_tokens < 1:
+        raise SamplerError(f"max_tokens must be at least 1, got {request.max_tokens}")
+    if length + request.max_tokens > max_length:
+        raise SamplerError(
+            f"request {request.id} needs {length} + {request.max_tokens} = {length + request.max_tokens} tokens, "
+            f"max_length is {max_length}: ask for at most {max(max_length - length, 0)} tokens or raise max_length"
+        )
+    if not 0 <= request.seed < 2**63:
+        raise SamplerError(f"seed must be in [0, 2**63), got {request.seed}")
+    if request.temperature != 0.0 and not request.temperature >= MIN_TEMPERATURE:
+        raise SamplerError(f"temperature must be 0 (greedy) or at least {MIN_TEMPERATURE}, got {request.temperature}")
+    if not 0.0 < request.top_p <= 1.0:
+        raise SamplerError(f"top_p must be in (0, 1], got {request.top_p}")
+    if request.top_k < 0:
+        raise SamplerError(f"top_k must be 0 (off) or positive, got {request.top_k}")
+    if "" in request.stop:
+        raise SamplerError("a stop string is empty: every response would end before it began")
+
+
+class StopStrings:
+    """Finds the token that completes one of some strings in a response.
+
+    Works on token ids because text cannot be mapped back to them: a token like ``">\\n"`` ends a stop string in its
+    middle. Special tokens count as their text. The prompt does not take part: a string must lie in the response.
+
+    Args:
+        tokenizer: decodes the response.
+        stop: the strings, none of them empty.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...]) -> None:
+        self._tokenizer = tokenizer
+        self._stop = stop
+        self._last_characters = {string[-1] for string in stop}
+        # A token holds at least one byte; one more token in front, because some decoders strip what they start with.
+        self._tail = max(len(string.encode()) for string in stop) + 1
+        self._may_complete: dict[int, bool] = {}
+
+    def completed_by_last(self, response_ids: Sequence[int]) -> str | None:
+        """The string that the last token of ``response_ids`` completes, or None.
+
+        Meant to be asked after every token: a string completed earlier may be reported again.
+        """
+        last = response_ids[-1]
+        possible = self._may_complete.get(last)
+        if possible is None:
+            possible = self._may_complete[last] = self._holds_a_last_character(last)
+        if not possible:  # most tokens end here, without decoding
+            return None
+        text = self._decode(response_ids[-self._tail :])
+        return next((string for string in self._stop if string in text), None)
+
+    def _holds_a_last_character(self, token_id: int) -> bool:
+        # Twice, because a decoder may strip a leading space; U+FFFD stands for a part of a multi-byte character.
+        text = self._decode([token_id, token_id])
+        return "\ufffd" in text or not self._last_characters.isdisjoint(text)
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        text = self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text
+
+
+def finish_reason(
+    last_token: int, completed_stop: str | None, eos_token_ids: Collection[int]
+) -> Literal["stop", "eos", "length"]:
+    """Why a finished response ended; a stop string that is also EOS counts as a stop string."""
+    if completed_stop is not None:
+        return "stop"
+    return "eos" if last_token in eos_token_ids else "length"
+
+
+def find_eos_token_ids(checkpoint: str, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Tokens that end a response: the tokenizer's EOS and those of the checkpoint's generation config."""
+    from transformers import GenerationConfig
+
+    try:
+        configured = GenerationConfig.from_pretrained(checkpoint).eos_token_id
+    except OSError:  # no generation_config.json
+        configured = None
+    ids = configured if isinstance(configured, list) else [configured]
+    return frozenset(int(i) for i in [tokenizer.eos_token_id, *ids] if i is not None)
+
+
+def checked_weights(
+    weights: Iterable[tuple[str, torch.Tensor]], shapes: Mapping[str, torch.Size], aliases: Collection[str]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Pass weights on one by one, refusing what does not fit.
+
+    Args:
+        weights: names and full tensors; may be a generator that gathers shards as it goes.
+        shapes: every parameter that must arrive.
+        aliases: other names of tied parameters; dropped, they would arrive twice.
+
+    Raises:
+        SamplerError: a name is unknown, missing or given twice, or a shape differs.
+    """
+    missing = set(shapes)
+    for name, tensor in weights:
+        if name in aliases:
+            continue
+        if name not in shapes:
+            raise SamplerError(f"the policy has no parameter {name!r}: pass plain transformers names, LoRA merged")
+        if name not in missing:
+            raise SamplerError(f"parameter {name!r} was given twice")
+        if tensor.shape != shapes[name]:
+            raise SamplerError(
+                f"parameter {name!r} must have shape {list(shapes[name])}, got {list(tensor.shape)}: "
+                "gather sharded tensors (full_tensor) first"
+            )
+        missing.remove(name)
+        yield name, tensor.detach()
+    if missing:
+        raise SamplerError(f"{len(missing)} parameters did not arrive, {min(missing)!r} among them: pass all of them")
+
+
+def parameter_shapes(model: torch.nn.Module) -> tuple[dict[str, torch.Size], set[str]]:
+    """Shapes of all parameters by name, and the further names of tied ones."""
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    every_name = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return shapes, every_name - set(shapes)
+
+
+@contextmanager
+def preserved_rng() -> Iterator[None]:
+    """Leave the random states of Python, NumPy and torch (CUDA too, once it is in use) as they were found."""
+    python, numpy, torch_cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(torch_cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
