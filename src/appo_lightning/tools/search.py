@@ -1,0 +1,153 @@
+"""A search tool that needs no network: BM25 over a file, or over documents private to the question."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from appo_lightning.errors import ConfigurationError, DataError
+from appo_lightning.tools.base import StatelessTool, ToolSession
+from appo_lightning.tools.corpus import Corpus, join_pages, normalise_query, read_documents, read_search_cache
+
+if TYPE_CHECKING:
+    from appo_lightning.types import Task
+
+_REMEMBERED_TASKS = 1024
+
+
+class SearchTool(StatelessTool):
+    """Find the documents that answer a query.
+
+    A task with ``metadata["documents"]`` (a list of texts) searches those and nothing else; every other task searches
+    ``corpus``. No match gives an empty result.
+
+    Args:
+        corpus: a ``.jsonl`` file with one document per line, or a ``.json`` file of recorded web searches
+            ``{query: "Page 1: ... Page 2: ..."}``. A recorded query gets its recorded answer, unchanged; any other
+            query is ranked over all recorded snippets. Read into memory at the first search.
+        top_k: documents per result. One is shown as it is, several as ``Page 1: ...``, ``Page 2: ...``.
+        max_chars: longest text shown of one ranked document, characters.
+        k1: BM25, how slowly repeated words stop counting, >= 0.
+        b: BM25, how much long documents are penalised, in [0, 1].
+        text_field: JSONL field that holds the text.
+        title_field: JSONL field that holds an optional title.
+
+    Raises:
+        DataError: the corpus is missing or of an unknown kind; at a session's start also: it cannot be read, or
+            neither it nor the task gives anything to search.
+    """
+
+    name = "search"
+    description = "Finds documents that answer a query."
+    _shared: tuple[Corpus, dict[str, str]] | None
+    _episodes: OrderedDict[str, Corpus]
+
+    def __init__(
+        self,
+        corpus: str | None = None,
+        *,
+        top_k: int = 3,
+        max_chars: int = 1000,
+        k1: float = 1.5,
+        b: float = 0.75,
+        text_field: str = "text",
+        title_field: str = "title",
+    ) -> None:
+        if top_k < 1:
+            raise ConfigurationError(f"top_k must be at least 1, got {top_k}")
+        if max_chars < 1:
+            raise ConfigurationError(f"max_chars must be at least 1, got {max_chars}")
+        if k1 < 0 or not 0 <= b <= 1:
+            raise ConfigurationError(f"k1 must be >= 0 and b in [0, 1], got k1={k1}, b={b}")
+        self.corpus = corpus
+        self.top_k, self.max_chars = top_k, max_chars
+        self.k1, self.b = k1, b
+        self.text_field, self.title_field = text_field, title_field
+        if corpus is not None:
+            _check_corpus_path(Path(corpus))
+        self._start_empty()
+
+    def open(self, task: Task) -> ToolSession:
+        self._corpus_of(task)
+        return super().open(task)
+
+    def run(self, argument: str, task: Task) -> str:
+        corpus, answers = self._corpus_of(task)
+        recorded = answers.get(normalise_query(argument))
+        if recorded is not None:
+            return recorded
+        found = [_shorten(corpus.documents[row], self.max_chars) for row in corpus.rank(argument, self.top_k)]
+        return join_pages(found) if self.top_k > 1 else "".join(found)
+
+    def _corpus_of(self, task: Task) -> tuple[Corpus, dict[str, str]]:
+        documents = task.metadata.get("documents")
+        if documents is not None:
+            return self._episode_corpus(task.id, documents), {}
+        if self.corpus is None:
+            raise DataError(
+                f'search: expected a corpus or metadata["documents"] in task {task.id!r}, found neither; '
+                "set the tool's corpus, or use tasks that bring documents"
+            )
+        return self._shared_corpus(self.corpus)
+
+    def _shared_corpus(self, corpus: str) -> tuple[Corpus, dict[str, str]]:
+        # One reader at a time: the other threads wait for the same file anyway.
+        with self._lock:
+            if self._shared is None:
+                path, answers = Path(corpus), dict[str, str]()
+                if path.suffix == ".json":
+                    answers, documents = read_search_cache(path)
+                else:
+                    documents = read_documents(path, text_field=self.text_field, title_field=self.title_field)
+                self._shared = Corpus(documents, k1=self.k1, b=self.b), answers
+            return self._shared
+
+    def _episode_corpus(self, task_id: str, documents: Any) -> Corpus:
+        # Built inside the lock: the trajectories of one task start together and should share one index.
+        with self._lock:
+            corpus = self._episodes.get(task_id)
+            if corpus is None or corpus.documents != list(documents):
+                corpus = Corpus(_checked_documents(documents, task_id), k1=self.k1, b=self.b)
+                self._episodes[task_id] = corpus
+            self._episodes.move_to_end(task_id)
+            if len(self._episodes) > _REMEMBERED_TASKS:
+                self._episodes.popitem(last=False)
+            return corpus
+
+    def _start_empty(self) -> None:
+        self._lock = threading.Lock()
+        self._shared = None
+        self._episodes = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and worker processes build their own indices; a lock cannot travel.
+        return {key: value for key, value in vars(self).items() if not key.startswith("_")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._start_empty()
+
+
+def _check_corpus_path(path: Path) -> None:
+    if path.suffix not in (".jsonl", ".json"):
+        raise DataError(
+            f"corpus must end in .jsonl (one document per line) or .json (recorded searches), got {str(path)!r}"
+        )
+    if not path.is_file():
+        raise DataError(f"expected a corpus at {path}, found no file; correct the path")
+
+
+def _checked_documents(documents: Any, task_id: str) -> list[str]:
+    if not isinstance(documents, list | tuple) or not all(isinstance(text, str) for text in documents):
+        raise DataError(f'metadata["documents"] of task {task_id!r} must be a list of texts, got {documents!r:.80}')
+    return list(documents)
+
+
+def _shorten(text: str, max_chars: int) -> str:
+    if len(text) <= max_chars:
+        return text
+    # Cut between words unless the last one is very long.
+    head = text[:max_chars]
+    return (head[: head.rfind(" ")] if head.rfind(" ") > max_chars // 2 else head) + " …"
