@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
@@ -145,7 +146,7 @@ class CausalPolicy(nn.Module):
         One tensor at a time, so that the peak under sharding is one tensor. Collective under sharding: every rank
         must exhaust it.
         """
-        self.reshard()
+        self.release_gathered()
         adapted = _adapted_modules(self.model)
         for name, parameter in self.model.named_parameters():
             if ".lora_" in name:
@@ -164,16 +165,16 @@ class CausalPolicy(nn.Module):
         """Parameters that the optimiser moves, by their name inside this module."""
         return ((name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad)
 
-    def reshard(self) -> None:
+    def release_gathered(self) -> None:
         """Under FSDP2, give gathered parameters back; after a no-grad forward the root keeps them otherwise."""
         for module in self.modules():
-            if hasattr(module, "reshard"):
-                module.reshard()  # type: ignore[operator]
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     @torch.no_grad()
     def adapter_weights(self) -> dict[str, Tensor]:
         """LoRA tensors under PEFT's names, whole. Collective under sharding."""
-        self.reshard()
+        self.release_gathered()
         return {n: full_tensor(p.detach()).cpu() for n, p in self.model.named_parameters() if ".lora_" in n}
 
     def save(self, directory: str | Path, weights: dict[str, Tensor]) -> None:

@@ -26,7 +26,7 @@ class PolicySnapshot:
     @torch.no_grad()
     def take(self) -> None:
         """Remember the current weights."""
-        self._policy.reshard()
+        self._policy.release_gathered()
         for name, parameter in self._policy.trainable():
             local = _local(parameter)
             if name in self._saved:
@@ -46,7 +46,7 @@ class PolicySnapshot:
 
     @torch.no_grad()
     def _restore(self) -> None:
-        self._policy.reshard()
+        self._policy.release_gathered()
         for name, parameter in self._policy.trainable():
             _local(parameter).copy_(self._saved[name])
 

@@ -1,0 +1,174 @@
+"""Rollout trees to padded tensors.
+
+Axis letters: ``B`` rows, ``L`` padded tokens (prompt and response), ``K`` branches. A row is a whole sequence: prompt,
+then response, right-padded; so a position in a row is ``len(prompt_ids)`` more than the response position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from appo_lightning.types import RolloutTree, Trajectory
+
+
+@dataclass(slots=True)
+class TraceScores:
+    """What the policy thinks of the response tokens of one trajectory. CPU, float32."""
+
+    logprobs: Tensor  # [T]; 0 where not sampled
+    entropies: Tensor  # [T]; 0 where not sampled
+
+
+@dataclass(slots=True)
+class PaddedSequences:
+    """Whole sequences as rows."""
+
+    token_ids: Tensor  # [B, L] int64
+    lengths: Tensor  # [B] prompt + response
+    mask: Tensor  # [B, L] bool, True where the policy sampled the token
+
+    def rows(self, index: Tensor) -> PaddedSequences:
+        """Some rows, with the padding that they need."""
+        width = int(self.lengths[index].max())
+        return PaddedSequences(self.token_ids[index, :width], self.lengths[index], self.mask[index, :width])
+
+    def to(self, device: torch.device) -> PaddedSequences:
+        """On another device."""
+        return PaddedSequences(self.token_ids.to(device), self.lengths.to(device), self.mask.to(device))
+
+
+@dataclass(slots=True)
+class ProcedureBatch:
+    """One mini-batch: whole trees of whole prompts.
+
+    Rows are roots, tree by tree; with ``train_branches`` the branches follow as further rows. Branches always enter as
+    ``K`` numbers for the roots' credit.
+    """
+
+    sequences: PaddedSequences
+    behaviour_logprobs: Tensor  # [B, L] of the sampler
+    old_logprobs: Tensor  # [B, L] of the trainer's weights that sampled the row
+    current_logprobs: Tensor  # [B, L] of the trainer's weights when the branches were chosen
+    entropies: Tensor  # [B, L] with the current weights
+    prompt_lengths: Tensor  # [B]
+    rewards: Tensor  # [B]
+    prompt_index: Tensor  # [B] tree of each row
+    policy_version: Tensor  # [B]
+    branch_root: Tensor  # [K] row of the root
+    branch_position: Tensor  # [K] last kept token, position in the root's row; the prefix ends with it
+    branch_score: Tensor  # [K]
+    branch_reward: Tensor  # [K]
+    branch_row: Tensor | None  # [K] row of the branch, with train_branches
+    num_roots: int  # the first rows; the others are branches
+    temperature: float
+    trees: list[RolloutTree]
+    fallback: Tensor  # [num_roots] bool: the gain was only noise, entropy alone chose
+    advantages: Tensor | None = None  # [B, L], written by ProcedureAdvantageScaling
+    influence: Tensor | None = None  # [B, L], written by ProcedureAdvantageScaling
+
+    @property
+    def mask(self) -> Tensor:
+        """[B, L] bool."""
+        return self.sequences.mask
+
+    def to(self, device: torch.device) -> ProcedureBatch:
+        """On another device; Lightning calls this instead of walking through the fields."""
+        moved: dict[str, Any] = {
+            field.name: value.to(device)
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor | PaddedSequences)
+        }
+        return replace(self, **moved)
+
+
+def pad_trajectories(trajectories: Sequence[Trajectory]) -> PaddedSequences:
+    """Trajectories as rows, in order."""
+    width = max((len(t.prompt_ids) + len(t.response_ids) for t in trajectories), default=1)
+    token_ids = torch.zeros((len(trajectories), width), dtype=torch.long)
+    mask = torch.zeros((len(trajectories), width), dtype=torch.bool)
+    lengths = torch.zeros(len(trajectories), dtype=torch.long)
+    for row, trajectory in enumerate(trajectories):
+        start, stop = len(trajectory.prompt_ids), len(trajectory.prompt_ids) + len(trajectory.response_ids)
+        token_ids[row, :stop] = torch.tensor(trajectory.prompt_ids + trajectory.response_ids)
+        mask[row, start:stop] = torch.tensor(trajectory.sampled, dtype=torch.bool)
+        lengths[row] = stop
+    return PaddedSequences(token_ids, lengths, mask)
+
+
+def pad_responses(trajectories: Sequence[Trajectory], values: Sequence[Sequence[float] | Tensor], width: int) -> Tensor:
+    """Values per response token [T] as rows [B, width], 0 on prompts and padding."""
+    out = torch.zeros((len(trajectories), width), dtype=torch.float32)
+    for row, (trajectory, value) in enumerate(zip(trajectories, values, strict=True)):
+        start = len(trajectory.prompt_ids)
+        out[row, start : start + len(trajectory.response_ids)] = torch.as_tensor(value, dtype=torch.float32)
+    return out
+
+
+def build_batch(
+    trees: Sequence[RolloutTree],
+    *,
+    old: Sequence[TraceScores],
+    current: Sequence[TraceScores],
+    fallback: Sequence[bool],
+    temperature: float,
+    branch_scores: Sequence[TraceScores] | None = None,
+) -> ProcedureBatch:
+    """Trees as one mini-batch.
+
+    Args:
+        trees: roots and branches scored by the reward.
+        old: per root, of the weights that sampled it.
+        current: per root, of the weights that chose the branches.
+        fallback: per root, whether the gain was only noise.
+        temperature: that the log-probs are taken at.
+        branch_scores: per branch, of the weights that sampled it; given, branches become rows (``train_branches``).
+    """
+    roots = [root for tree in trees for root in tree.roots]
+    branches = [branch for tree in trees for branch in tree.branches]
+    extra = [branch.trajectory for branch in branches] if branch_scores is not None else []
+    rows = roots + extra
+    row_old = [*old, *(branch_scores or ())]
+    row_current = [*current, *(branch_scores or ())]
+    sequences = pad_trajectories(rows)
+    width = sequences.token_ids.shape[1]
+
+    first_root, row_of_root = 0, []
+    for tree in trees:
+        row_of_root += [first_root + branch.point.root for branch in tree.branches]
+        first_root += len(tree.roots)
+    prompt_index = [i for i, tree in enumerate(trees) for _ in tree.roots]
+    if extra:
+        prompt_index += [i for i, tree in enumerate(trees) for _ in tree.branches]
+
+    return ProcedureBatch(
+        sequences=sequences,
+        behaviour_logprobs=pad_responses(rows, [row.behaviour_logprobs for row in rows], width),
+        old_logprobs=pad_responses(rows, [s.logprobs for s in row_old], width),
+        current_logprobs=pad_responses(rows, [s.logprobs for s in row_current], width),
+        entropies=pad_responses(rows, [s.entropies for s in row_current], width),
+        prompt_lengths=torch.tensor([len(row.prompt_ids) for row in rows]),
+        rewards=torch.tensor([_reward(row) for row in rows]),
+        prompt_index=torch.tensor(prompt_index),
+        policy_version=torch.tensor([row.policy_version for row in rows]),
+        branch_root=torch.tensor(row_of_root, dtype=torch.long),
+        branch_position=torch.tensor(
+            [len(b.trajectory.prompt_ids) + b.prefix_length - 1 for b in branches], dtype=torch.long
+        ),
+        branch_score=torch.tensor([b.point.score for b in branches]),
+        branch_reward=torch.tensor([_reward(b.trajectory) for b in branches]),
+        branch_row=torch.arange(len(roots), len(rows)) if branch_scores is not None else None,
+        num_roots=len(roots),
+        temperature=temperature,
+        trees=list(trees),
+        fallback=torch.tensor(list(fallback), dtype=torch.bool),
+    )
+
+
+def _reward(trajectory: Trajectory) -> float:
+    assert trajectory.reward is not None, "score trajectories before batching them"
+    return trajectory.reward

@@ -1,0 +1,173 @@
+"""What rollouts, branches and credit look like, under stable TensorBoard names (docs/tensorboard.md)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from appo_lightning.batching import ProcedureBatch
+from appo_lightning.datamodule import RolloutDataModule
+from appo_lightning.errors import ConfigurationError
+from appo_lightning.metrics import MetricSums, log_metrics, tensorboard_writer
+from appo_lightning.reports.text import render_tree
+from appo_lightning.rollout.phase import PhaseRunner, PhaseTimes
+
+
+class RolloutStatistics(L.Callback):
+    """Rewards, lengths, entropies, seconds of each part of a step, and sample rollouts as text.
+
+    Args:
+        text_every: mini-batches between two sample rollouts; 0 writes none.
+    """
+
+    def __init__(self, text_every: int = 10) -> None:
+        if text_every < 0:
+            raise ConfigurationError(f"rollout_statistics.text_every must be at least 0, got {text_every}")
+        self.text_every = text_every
+        self._last_end: float | None = None
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: ProcedureBatch,
+        batch_idx: int,
+    ) -> None:
+        roots = [root for tree in batch.trees for root in tree.roots]
+        metrics = MetricSums()
+        metrics.add("rollout/reward", [r.reward for r in roots if r.reward is not None], histogram=True)
+        metrics.add("rollout/success", [float(r.success or 0) for r in roots])
+        for root in roots:
+            for name, value in root.reward_parts.items():
+                metrics.add(f"rollout/reward_{name}", value)
+        for reason in {root.stop_reason for root in roots}:
+            share = sum(root.stop_reason == reason for root in roots)
+            metrics.add_sum(f"rollout/stop_share_{reason}", share, len(roots))
+        metrics.add("rollout/response_tokens", [len(r.response_ids) for r in roots], histogram=True)
+        metrics.add("rollout/sampled_tokens", [r.num_sampled for r in roots])
+        spread = [_std([r.reward or 0.0 for r in tree.roots]) for tree in batch.trees]
+        metrics.add("rollout/group_reward_std", spread)
+        metrics.add("rollout/equal_groups", [float(value == 0) for value in spread])
+        metrics.add("policy/entropy", batch.entropies[batch.mask])
+        self._add_phase(trainer, metrics)
+        log_metrics(trainer, metrics)
+        pl_module.log("reward", metrics.means().get("rollout/reward", 0.0), prog_bar=True, logger=False)
+        if self.text_every and batch_idx % self.text_every == 0 and trainer.is_global_zero and batch.trees:
+            self._write_text(trainer, batch)
+
+    def _add_phase(self, trainer: L.Trainer, metrics: MetricSums) -> None:
+        data: RolloutDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        runner: PhaseRunner | None = data.source.runner if data.source is not None else None
+        if runner is None or data.source is None or data.source.phase is None:
+            return
+        times, runner.times = runner.times, PhaseTimes()
+        for name in PhaseTimes.__slots__:
+            metrics.add(f"time/{name}", getattr(times, name))
+        statistics = runner.loop.take_statistics()
+        if statistics.sampled_tokens:
+            metrics.add_sum("time/sampled_tokens_per_second", statistics.sampled_tokens, statistics.seconds)
+            metrics.add_sum("time/tool_wait_share", statistics.waiting_seconds, statistics.seconds)
+            metrics.add_sum("rollout/cached_token_share", statistics.cached_tokens, statistics.prompt_tokens)
+        gap = data.source.phase.gap
+        metrics.add_all(
+            {
+                "sync/logprob_gap_mean": gap.mean,
+                "sync/logprob_gap_rms": gap.rms,
+                "sync/logprob_gap_max": gap.maximum,
+            }
+        )
+
+    def _write_text(self, trainer: L.Trainer, batch: ProcedureBatch) -> None:
+        module: Any = trainer.lightning_module
+        text = render_tree(batch.trees[0], module.policy.tokenizer)
+        for logger in trainer.loggers:
+            writer = tensorboard_writer(logger)
+            if writer is not None:
+                writer.add_text("rollout/sample", f"```\n{text}\n```", trainer.global_step)
+
+
+class BranchStatistics(L.Callback):
+    """Where branches start and what they earn."""
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: ProcedureBatch,
+        batch_idx: int,
+    ) -> None:
+        data: RolloutDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        if not data.branching.num_branches:
+            return
+        metrics = MetricSums()
+        metrics.add("branch/count", [len(tree.branches) for tree in batch.trees])
+        wanted = data.branching.num_branches * len(batch.trees)
+        metrics.add_sum("branch/filled_share", sum(len(tree.branches) for tree in batch.trees), wanted)
+        if data.branching.uses_gain:
+            metrics.add("branch/fallback_fraction", batch.fallback)
+        metrics.add("branch/score", batch.branch_score, histogram=True)
+        for tree in batch.trees:
+            self._add_tree(metrics, tree)
+        log_metrics(trainer, metrics)
+
+    def _add_tree(self, metrics: MetricSums, tree: Any) -> None:
+        outcomes: dict[tuple[int, int], list[float]] = {}
+        for branch in tree.branches:
+            root, point = tree.roots[branch.point.root], branch.point
+            metrics.add("branch/entropy_z", point.entropy_z, histogram=True)
+            metrics.add("branch/future_value_z", point.future_value_z, histogram=True)
+            metrics.add("branch/relative_position", point.position / max(1, len(root.response_ids) - 1), histogram=True)
+            edges = [edge for call in root.tool_calls for edge in (call.output_start, call.output_stop)]
+            if edges:
+                distance = min(abs(point.position - edge) for edge in edges)
+                metrics.add("branch/distance_to_tool_call", distance, histogram=True)
+            metrics.add("branch/reward", branch.trajectory.reward)
+            metrics.add("branch/root_reward", root.reward)
+            metrics.add("branch/reward_minus_root", branch.trajectory.reward - root.reward)
+            metrics.add("branch/continuation_tokens", branch.trajectory.num_sampled)
+            outcomes.setdefault((point.root, point.position), [root.reward]).append(branch.trajectory.reward)
+        # The root itself is one continuation of each of its branch points.
+        metrics.add("branch/outcome_variance", [_std(rewards) ** 2 for rewards in outcomes.values()])
+
+
+class CreditStatistics(L.Callback):
+    """How credit is distributed over tokens."""
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: ProcedureBatch,
+        batch_idx: int,
+    ) -> None:
+        metrics = MetricSums()
+        if batch.advantages is not None:
+            advantages = batch.advantages[batch.mask]
+            metrics.add("credit/advantage", _sample(advantages), histogram=True)
+            metrics.add("credit/advantage_abs", advantages.abs())
+            metrics.add("credit/nonzero_fraction", (advantages != 0).float())
+        if batch.influence is not None:
+            influence = batch.influence[batch.mask]
+            metrics.add("credit/influence", _sample(influence), histogram=True)
+        gain = (batch.current_logprobs - batch.old_logprobs)[batch.mask]
+        metrics.add("credit/likelihood_gain_abs", gain.abs())
+        if len(batch.branch_root):
+            shared = torch.zeros(batch.num_roots, dtype=torch.bool, device=batch.mask.device)
+            shared[batch.branch_root] = True
+            metrics.add("credit/roots_with_branches", shared.float())
+        log_metrics(trainer, metrics)
+
+
+def _sample(values: Tensor, limit: int = 4096) -> Tensor:
+    """At most ``limit`` values, evenly spaced: a histogram needs no more."""
+    return values[:: max(1, -(-len(values) // limit))]
+
+
+def _std(values: list[float]) -> float:
+    return float(torch.tensor(values).std(correction=0)) if values else 0.0

@@ -1,0 +1,72 @@
+"""How often tools are called, how long they take, and what a success costs in calls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+
+from appo_lightning.batching import ProcedureBatch
+from appo_lightning.datamodule import EvaluationBatch
+from appo_lightning.metrics import MetricSums, log_metrics
+from appo_lightning.types import Trajectory
+
+
+class ToolCallEfficiency(L.Callback):
+    """Tool calls per trajectory and per tool, failures by kind, seconds, calls per success."""
+
+    def __init__(self) -> None:
+        self._evaluation = MetricSums()
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: ProcedureBatch,
+        batch_idx: int,
+    ) -> None:
+        metrics = MetricSums()
+        add_tool_metrics(metrics, [root for tree in batch.trees for root in tree.roots], prefix="tools")
+        log_metrics(trainer, metrics)
+
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: EvaluationBatch, *args: Any
+    ) -> None:
+        add_tool_metrics(self._evaluation, batch.trajectories, prefix="val_tools")
+
+    def on_test_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: EvaluationBatch, *args: Any
+    ) -> None:
+        add_tool_metrics(self._evaluation, batch.trajectories, prefix="test_tools")
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        metrics, self._evaluation = self._evaluation, MetricSums()
+        log_metrics(trainer, metrics)
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.on_validation_epoch_end(trainer, pl_module)
+
+
+def add_tool_metrics(metrics: MetricSums, trajectories: Sequence[Trajectory], *, prefix: str) -> None:
+    """Add the tool metrics of some trajectories under ``prefix/``."""
+    calls = [call for trajectory in trajectories for call in trajectory.tool_calls]
+    names = sorted({call.name for call in calls})
+    metrics.add(f"{prefix}/calls_per_trajectory", [len(t.tool_calls) for t in trajectories])
+    metrics.add(f"{prefix}/trajectories_with_calls", [float(bool(t.tool_calls)) for t in trajectories])
+    metrics.add(f"{prefix}/failure_rate", [float(not call.succeeded) for call in calls])
+    metrics.add(f"{prefix}/seconds_per_call", [call.seconds for call in calls])
+    for name in names:
+        own = [call for call in calls if call.name == name]
+        metrics.add_sum(f"{prefix}/{name}_calls_per_trajectory", len(own), len(trajectories))
+        metrics.add(f"{prefix}/{name}_failure_rate", [float(not call.succeeded) for call in own])
+        metrics.add(f"{prefix}/{name}_seconds_per_call", [call.seconds for call in own])
+    for error in sorted({call.error for call in calls if call.error is not None}):
+        metrics.add(f"{prefix}/error_{error}_rate", [float(call.error == error) for call in calls])
+    successes = sum(bool(trajectory.success) for trajectory in trajectories)
+    if successes:
+        metrics.add_sum(f"{prefix}/calls_per_success", len(calls), successes)
+    for outcome, name in ((True, "successes"), (False, "failures")):
+        group = [len(t.tool_calls) for t in trajectories if bool(t.success) is outcome]
+        metrics.add(f"{prefix}/calls_in_{name}", group)

@@ -1,0 +1,371 @@
+"""RolloutDataModule: tasks become roots, branches and mini-batches, fresh for every optimiser step."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import lightning as L
+from torch import Tensor
+
+from appo_lightning.batching import ProcedureBatch, TraceScores
+from appo_lightning.errors import ConfigurationError, DataError
+from appo_lightning.rewards.base import Reward
+from appo_lightning.rollout.loop import Prefix, RolloutLimits, RolloutLoop
+from appo_lightning.rollout.phase import Phase, PhaseRunner
+from appo_lightning.rollout.prompts import build_task
+from appo_lightning.rollout.seeds import derive_seed
+from appo_lightning.rollout.tree import BlankTokens, BranchingOptions, score_rewards
+from appo_lightning.samplers.base import Sampler
+from appo_lightning.tasks.base import TaskSource
+from appo_lightning.tools.base import Tool
+from appo_lightning.types import RolloutTree, Task, Trajectory
+
+if TYPE_CHECKING:
+    from appo_lightning.callbacks.weight_sync import SamplerWeightSync
+    from appo_lightning.module import AppoModule
+
+
+class RolloutDataModule(L.LightningDataModule):
+    """Samples, branches and scores rollouts.
+
+    Args:
+        train: questions to train on.
+        validation: held-out questions.
+        sampler: rollout engine.
+        tools: tools that the agent may call.
+        reward: scores a finished response.
+        rollout: budgets and sampling of one trajectory.
+        branching: rollouts per prompt and where they branch.
+        prompts_per_phase: P, prompts sampled with the same weights, over all processes.
+        prompts_per_mini_batch: prompts of one optimiser step, over all processes; divides P.
+        epochs_per_phase: passes over the roots of a phase; every pass branches anew.
+        train_branches: add the branches' own tokens to the loss, with their group advantage.
+        validation_rollouts: rollouts per validation question; success is their mean.
+        validation_temperature: null samples as in training; 0 is greedy.
+        seed: of task order and sampling.
+    """
+
+    def __init__(
+        self,
+        train: TaskSource,
+        validation: TaskSource,
+        sampler: Sampler,
+        reward: Reward,
+        tools: list[Tool] = [],  # noqa: B006  # jsonargparse shows it; never mutated
+        rollout: RolloutLimits = RolloutLimits(),  # noqa: B008  # likewise
+        branching: BranchingOptions = BranchingOptions(),  # noqa: B008  # likewise
+        prompts_per_phase: int = 128,
+        prompts_per_mini_batch: int = 16,
+        epochs_per_phase: int = 1,
+        train_branches: bool = False,
+        validation_rollouts: int = 1,
+        validation_temperature: float | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, value in (
+            ("prompts_per_phase", prompts_per_phase),
+            ("prompts_per_mini_batch", prompts_per_mini_batch),
+            ("epochs_per_phase", epochs_per_phase),
+            ("validation_rollouts", validation_rollouts),
+        ):
+            if value < 1:
+                raise ConfigurationError(f"data.{name} must be at least 1, got {value}")
+        if prompts_per_phase % prompts_per_mini_batch:
+            raise ConfigurationError(
+                f"data.prompts_per_phase must be a multiple of data.prompts_per_mini_batch, "
+                f"got {prompts_per_phase} and {prompts_per_mini_batch}"
+            )
+        if rollout.temperature == 0 or rollout.top_p != 1 or rollout.top_k != 0:
+            raise ConfigurationError(
+                f"training needs samples of the policy itself: data.rollout.temperature > 0, top_p = 1, top_k = 0, got "
+                f"{rollout.temperature:g}, {rollout.top_p:g}, {rollout.top_k}"
+            )
+        if (branching.num_branches or train_branches) and not sampler.provides_logprobs:
+            raise ConfigurationError(
+                f"data.branching asks for {branching.num_branches} branches per prompt, but {type(sampler).__name__} "
+                "gives no log-probs; use a sampler that does, or num_rollouts = num_roots"
+            )
+        if train_branches and not branching.num_branches:
+            raise ConfigurationError("data.train_branches has no effect without branches; raise num_rollouts")
+        if len(train) < prompts_per_phase:
+            raise DataError(
+                f"data.train has {len(train)} tasks, one phase needs {prompts_per_phase}; "
+                "lower data.prompts_per_phase or add tasks"
+            )
+        self.train, self.validation = train, validation
+        self.sampler, self.tools, self.reward = sampler, tools, reward
+        self.rollout, self.branching = rollout, branching
+        self.prompts_per_phase, self.prompts_per_mini_batch = prompts_per_phase, prompts_per_mini_batch
+        self.epochs_per_phase, self.train_branches = epochs_per_phase, train_branches
+        self.validation_rollouts = validation_rollouts
+        self.validation_temperature = validation_temperature
+        self.seed = seed
+        self.weight_sync: SamplerWeightSync | None = None  # sets itself
+        self.source: RolloutSource | None = None
+        self._started = False
+
+    # --- Lightning -------------------------------------------------------------------------------------------------
+
+    def train_dataloader(self) -> Any:
+        self.source = RolloutSource(self)
+        return self.source
+
+    def val_dataloader(self) -> Any:
+        return EvaluationSource(self)
+
+    def test_dataloader(self) -> Any:
+        return EvaluationSource(self)
+
+    def predict_dataloader(self) -> Any:
+        return EvaluationSource(self)
+
+    def setup(self, stage: str) -> None:
+        assert self.trainer is not None
+        world_size = self.trainer.world_size
+        if stage == "fit" and self.prompts_per_mini_batch % world_size:
+            raise ConfigurationError(
+                f"data.prompts_per_mini_batch must be a multiple of the {world_size} processes, "
+                f"got {self.prompts_per_mini_batch}"
+            )
+
+    def close(self) -> None:
+        """Release sampler and tools. Safe to call twice."""
+        self.sampler.close()
+        for tool in self.tools:
+            tool.close()
+
+    # --- the pieces ------------------------------------------------------------------------------------------------
+
+    @property
+    def module(self) -> AppoModule:
+        """The bare module, also under DDP."""
+        assert self.trainer is not None
+        return cast("AppoModule", self.trainer.lightning_module)
+
+    def start_sampler(self) -> None:
+        """Start the engine once; late, so that the process group exists before it."""
+        if self._started:
+            return
+        limits = self.rollout
+        max_length = limits.max_prompt_tokens + limits.max_response_tokens
+        policy = self.module.policy
+        if max_length > policy.max_positions:
+            raise ConfigurationError(
+                f"data.rollout: max_prompt_tokens + max_response_tokens = {max_length} exceeds the "
+                f"{policy.max_positions} positions of {policy.options.path}"
+            )
+        self.sampler.start(policy.options.path, policy.tokenizer, max_length=max_length)
+        self._started = True
+
+    def sync_sampler(self) -> None:
+        """Give the sampler the current weights, if it has others, and prove that they arrived."""
+        if self.weight_sync is None:
+            raise ConfigurationError(
+                "nothing pushes weights to the sampler: add appo_lightning.callbacks.SamplerWeightSync "
+                "to trainer.callbacks"
+            )
+        self.start_sampler()
+        self.weight_sync.push_if_moved()
+
+    def loop(self, limits: RolloutLimits) -> RolloutLoop:
+        """A rollout loop under some limits."""
+        return RolloutLoop(self.sampler, self.tools, self.module.policy.tokenizer, limits)
+
+    def task(self, source: TaskSource, index: int) -> Task:
+        """One tokenised task."""
+        return build_task(
+            source.row(index),
+            self.module.policy.tokenizer,
+            max_prompt_tokens=self.rollout.max_prompt_tokens,
+        )
+
+    def report(self, stage: str, done: int, total: int) -> None:
+        """Tell a progress bar that knows about rollouts."""
+        assert self.trainer is not None
+        bar = self.trainer.progress_bar_callback
+        if bar is not None and hasattr(bar, "rollout"):
+            bar.rollout(stage, done, total)
+
+
+class _TrainerPolicy:
+    """The data module as a ``PhasePolicy``."""
+
+    def __init__(self, data: RolloutDataModule) -> None:
+        self._data = data
+
+    @property
+    def version(self) -> int:
+        return self._data.module.weights_version
+
+    def sync_sampler(self) -> None:
+        self._data.sync_sampler()
+
+    def score(self, trajectories: Sequence[Trajectory], *, temperature: float) -> list[TraceScores]:
+        return self._data.module.score(trajectories, temperature=temperature)
+
+    def score_previous(self, trajectories: Sequence[Trajectory], *, temperature: float) -> list[Tensor]:
+        return self._data.module.score_previous(trajectories, temperature=temperature)
+
+
+class RolloutSource:
+    """Training batches for Lightning: sized, so that batch k+1 is drawn after step k; stateful, so that a resumed run
+    continues exactly, in the middle of a phase too.
+    """
+
+    def __init__(self, data: RolloutDataModule) -> None:
+        self._data = data
+        trainer = data.trainer
+        assert trainer is not None
+        self._rank, self._world_size = trainer.global_rank, trainer.world_size
+        self._phases_per_epoch = len(data.train) // data.prompts_per_phase
+        self._visits_per_phase = data.epochs_per_phase * data.prompts_per_phase // data.prompts_per_mini_batch
+        self.epoch = 0
+        self.position = 0  # mini-batches drawn in this epoch
+        self.phase: Phase | None = None
+        self.runner: PhaseRunner | None = None
+        self._stored_phase: dict[str, Any] | None = None
+
+    def __len__(self) -> int:
+        return self._phases_per_epoch * self._visits_per_phase
+
+    def __iter__(self) -> Iterator[ProcedureBatch]:
+        while self.position < len(self):
+            batch = self._draw()
+            # Before the yield: checkpoints are taken while this is suspended, and nothing runs after the last one.
+            self.position += 1
+            if self.position == len(self):
+                self.epoch, self.position = self.epoch + 1, 0
+                yield batch
+                return
+            yield batch
+
+    def _draw(self) -> ProcedureBatch:
+        if self.runner is None:
+            self.runner = self._make_runner()
+        phase_in_epoch, visit = divmod(self.position, self._visits_per_phase)
+        index = self.epoch * self._phases_per_epoch + phase_in_epoch
+        if self.phase is None or self.phase.index != index:
+            self.phase = self._begin_phase(index, phase_in_epoch)
+        own = self._data.prompts_per_phase // self._world_size
+        size = self._data.prompts_per_mini_batch // self._world_size
+        first = visit * size % own
+        return self.runner.mini_batch(self.phase, range(first, first + size), visit=visit)
+
+    def _begin_phase(self, index: int, phase_in_epoch: int) -> Phase:
+        assert self.runner is not None
+        tasks = self._tasks(phase_in_epoch)
+        stored, self._stored_phase = self._stored_phase, None
+        if stored is not None and stored["index"] == index:
+            return Phase.from_state_dict(stored, tasks)
+        module = self._data.module
+        phase = self.runner.begin(index, tasks)
+        module.on_phase_begin()
+        return phase
+
+    def _tasks(self, phase_in_epoch: int) -> list[Task]:
+        """This rank's tasks of a phase; all ranks shuffle alike."""
+        data = self._data
+        order = list(range(len(data.train)))
+        random.Random(derive_seed(data.seed, "order", self.epoch)).shuffle(order)
+        start = phase_in_epoch * data.prompts_per_phase
+        chosen = order[start : start + data.prompts_per_phase][self._rank :: self._world_size]
+        return [data.task(data.train, index) for index in chosen]
+
+    def _make_runner(self) -> PhaseRunner:
+        data = self._data
+        return PhaseRunner(
+            loop=data.loop(data.rollout),
+            policy=_TrainerPolicy(data),
+            reward=data.reward,
+            options=data.branching,
+            temperature=data.rollout.temperature,
+            max_response_tokens=data.rollout.max_response_tokens,
+            seed=data.seed,
+            is_blank=BlankTokens(data.module.policy.tokenizer),
+            train_branches=data.train_branches,
+            progress=data.report,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position, and the roots of a phase that is not finished. Collective: rank 0's file holds all ranks' roots."""
+        between_phases = self.position % self._visits_per_phase == 0
+        own = None if self.phase is None or between_phases else self.phase.state_dict()
+        return {"epoch": self.epoch, "position": self.position, "phases": _gather(own, self._world_size)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where ``state_dict`` was taken.
+
+        Raises:
+            ConfigurationError: inside a phase, with another number of processes.
+        """
+        self.epoch, self.position = state["epoch"], state["position"]
+        phases = state["phases"]
+        if any(phase is not None for phase in phases):
+            if len(phases) != self._world_size:
+                raise ConfigurationError(
+                    f"the checkpoint lies inside a rollout phase of {len(phases)} processes, this run has "
+                    f"{self._world_size}; resume with {len(phases)}"
+                )
+            self._stored_phase = phases[self._rank]
+
+
+def _gather(value: Any, world_size: int) -> list[Any]:
+    if world_size == 1:
+        return [value]
+    import torch.distributed as dist
+
+    parts: list[Any] = [None] * world_size
+    dist.all_gather_object(parts, value)
+    return parts
+
+
+class EvaluationSource:
+    """All validation questions as one batch of trees per process."""
+
+    def __init__(self, data: RolloutDataModule) -> None:
+        self._data = data
+
+    def __len__(self) -> int:
+        return 1
+
+    def __iter__(self) -> Iterator[EvaluationBatch]:
+        data = self._data
+        trainer = data.trainer
+        assert trainer is not None
+        data.sync_sampler()
+        limits = data.rollout
+        if data.validation_temperature is not None:
+            limits = RolloutLimits(**{**vars(limits), "temperature": data.validation_temperature})
+        loop = data.loop(limits)
+        chosen = range(trainer.global_rank, len(data.validation), trainer.world_size)
+        tasks = [data.task(data.validation, index) for index in chosen]
+        count = data.validation_rollouts
+        prefixes = [
+            Prefix(task, derive_seed(data.seed, "validation", task.id, n)) for task in tasks for n in range(count)
+        ]
+        trajectories = loop.run(
+            prefixes,
+            policy_version=data.module.weights_version,
+            progress=lambda done, total: data.report("validation", done, total),
+        )
+        trees = []
+        for i, task in enumerate(tasks):
+            roots = trajectories[i * count : (i + 1) * count]
+            score_rewards(data.reward, task, roots)
+            trees.append(RolloutTree(task, roots))
+        yield EvaluationBatch(trees, loop.statistics.seconds)
+
+
+class EvaluationBatch:
+    """Rollouts of validation questions; not a container that Lightning would walk through."""
+
+    def __init__(self, trees: list[RolloutTree], seconds: float) -> None:
+        self.trees, self.seconds = trees, seconds
+
+    @property
+    def trajectories(self) -> list[Trajectory]:
+        """All rollouts."""
+        return [root for tree in self.trees for root in tree.roots]

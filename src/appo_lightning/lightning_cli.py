@@ -1,0 +1,253 @@
+"""AppoCLI: YAML and command line to model, data and trainer."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+from appo_lightning.callbacks import (
+    AtomicCheckpointIO,
+    BranchStatistics,
+    CreditStatistics,
+    EvaluationReport,
+    ExportPolicy,
+    GracefulStop,
+    ProcedureAdvantageScaling,
+    RandomState,
+    RolloutProgressBar,
+    RolloutStatistics,
+    RolloutWriter,
+    SamplerWeightSync,
+    ToolCallEfficiency,
+)
+from appo_lightning.cli_parser import ShortErrorParser
+from appo_lightning.datamodule import RolloutDataModule
+from appo_lightning.errors import ConfigurationError
+from appo_lightning.module import AppoModule
+from appo_lightning.policy_module import PolicyModule
+from appo_lightning.registry import import_components
+from appo_lightning.sft import DemonstrationDataModule, SFTModule
+
+Stage = Literal["appo", "sft"]
+COMMANDS = ("fit", "validate", "test", "predict")
+
+
+class _SaveConfig(SaveConfigCallback):
+    """Only a fit writes its config; an evaluation of the same run leaves it alone."""
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if stage == "fit":
+            super().setup(trainer, pl_module, stage)
+
+
+class AppoCLI(LightningCLI):
+    """One command for both stages; the stage decides which model and data classes the keys belong to."""
+
+    def __init__(self, stage: Stage, command: str | None, args: list[str]) -> None:
+        self.stage = stage
+        self._command = command
+        import_components()
+        super().__init__(
+            AppoModule if stage == "appo" else SFTModule,
+            RolloutDataModule if stage == "appo" else DemonstrationDataModule,
+            save_config_callback=_SaveConfig,
+            save_config_kwargs={"overwrite": True},
+            parser_class=ShortErrorParser,
+            seed_everything_default=42,
+            trainer_defaults={
+                "num_sanity_val_steps": 0,
+                "log_every_n_steps": 1,
+                "max_epochs": -1,
+                "callbacks": self._fixed_callbacks(),
+            },
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            run=command is not None,
+            args=args,
+        )
+
+    def _fixed_callbacks(self) -> list[Any]:
+        """Callbacks without options: no config can forget them."""
+        common: list[Any] = [RolloutProgressBar(), RandomState(), GracefulStop()]
+        if self.stage == "sft":
+            return common
+        return [*common, BranchStatistics(), CreditStatistics(), ToolCallEfficiency()]
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        # Each costs a parser of some 600 options: build the one that is asked for.
+        every = LightningCLI.subcommands()
+        return {self._command: every[self._command]} if self._command is not None else every
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--stage", type=Stage, default=self.stage, help="'appo': rollouts; 'sft': cold start on demonstrations."
+        )
+        parser.add_argument(
+            "--output_dir",
+            type=str,
+            default=f"runs/{self.stage}",
+            help="Checkpoints, TensorBoard files, reports and the config of the run go here.",
+        )
+        parser.add_argument(
+            "--overwrite", type=bool, default=False, help="Start anew in an output_dir that holds checkpoints."
+        )
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults(
+            {
+                "checkpoint.save_last": True,
+                "checkpoint.every_n_train_steps": 10,
+                "checkpoint.save_top_k": 0,
+                "checkpoint.enable_version_counter": False,
+            }
+        )
+        parser.add_lightning_class_args(ExportPolicy, "export")
+        if self.stage == "appo":
+            parser.add_lightning_class_args(ProcedureAdvantageScaling, "advantage")
+            parser.add_lightning_class_args(SamplerWeightSync, "sync")
+            parser.add_lightning_class_args(RolloutStatistics, "rollout_statistics")
+            parser.add_lightning_class_args(EvaluationReport, "report")
+            parser.add_lightning_class_args(RolloutWriter, "predictions")
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand] if self.subcommand is not None else self.config
+        output = config.output_dir
+        config.trainer.default_root_dir = output
+        if config.checkpoint.dirpath is None:
+            config.checkpoint.dirpath = os.path.join(output, "checkpoints")
+        if config.trainer.logger in (None, True):
+            config.trainer.logger = _tensorboard(output)
+        plugins = config.trainer.plugins or []
+        config.trainer.plugins = [*(plugins if isinstance(plugins, list) else [plugins]), _plugin(AtomicCheckpointIO)]
+        self._check_precision(config.trainer.precision)
+
+    def _check_precision(self, precision: Any) -> None:
+        if str(precision) in ("bf16-true", "16-true", "bf16", "16"):
+            raise ConfigurationError(
+                f"trainer.precision = {precision} would round log-probs and advantages too; use bf16-mixed, or "
+                "model.policy.dtype: bfloat16 with trainer.precision: 32-true"
+            )
+
+    def before_fit(self) -> None:
+        config = self.config["fit"]
+        last = Path(config.checkpoint.dirpath) / "last.ckpt"
+        if config.ckpt_path == "last":
+            if not last.exists():
+                raise ConfigurationError(
+                    f"--ckpt_path last: expected {last}, found none; check output_dir, or start without --ckpt_path"
+                )
+            config.ckpt_path = str(last)
+        elif config.ckpt_path is None and last.exists():
+            if not config.overwrite:
+                raise ConfigurationError(
+                    f"{config.output_dir} holds checkpoints of an earlier run: continue it with --ckpt_path last, "
+                    "start anew with --overwrite true, or choose another --output_dir"
+                )
+            _remove_run(Path(config.output_dir), Path(config.checkpoint.dirpath))
+        elif config.ckpt_path is not None and not Path(config.ckpt_path).exists():
+            raise ConfigurationError(f"--ckpt_path: expected a checkpoint file, found no {config.ckpt_path}")
+
+
+def _remove_run(output: Path, checkpoints: Path) -> None:
+    """Remove what an earlier run of ours wrote, and nothing else."""
+    if not torch.distributed.is_initialized() and int(os.environ.get("LOCAL_RANK", "0")) != 0:
+        return
+    for pattern in ("events.out.tfevents.*", "hparams.yaml", "config.yaml", "validation*.*", "failed_step_*.jsonl"):
+        for path in output.glob(pattern):
+            path.unlink()
+    for path in checkpoints.glob("*.ckpt"):
+        path.unlink(missing_ok=True)
+
+
+def _tensorboard(output: str) -> Any:
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    return TensorBoardLogger(output, name="", version="", default_hp_metric=False)
+
+
+def _plugin(cls: type) -> Any:
+    return cls()
+
+
+def find_stage(arguments: list[str]) -> Stage:
+    """The stage that the configs and the command line ask for, before any parser exists.
+
+    Raises:
+        ConfigurationError: it is neither "appo" nor "sft", or a config file cannot be read.
+    """
+    stage: Any = "appo"
+    for flag, value in zip(arguments, [*arguments[1:], ""], strict=True):
+        name, equals, inline = flag.partition("=")
+        value = inline if equals else value
+        if name in ("--config", "-c"):
+            path = Path(value)
+            if not path.is_file():
+                raise ConfigurationError(f"--config: expected a YAML file, found no {value!r}")
+            try:
+                content = yaml.safe_load(path.read_text())
+            except yaml.YAMLError as error:
+                raise ConfigurationError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+            if isinstance(content, dict):
+                stage = content.get("stage", stage)
+        elif name == "--stage":
+            stage = value
+    if stage not in ("appo", "sft"):
+        raise ConfigurationError(f"stage must be 'appo' or 'sft', got {stage!r}")
+    return stage
+
+
+def run(command: str, arguments: list[str]) -> int:
+    """``appo fit|validate|test|predict``."""
+    if command not in COMMANDS:
+        raise ConfigurationError(f"expected one of {', '.join(COMMANDS)}, export, create-tiny, got {command!r}")
+    stage = find_stage(arguments)
+    if stage == "sft" and command != "fit":
+        raise ConfigurationError(
+            f"stage 'sft' knows fit only, got {command!r}; evaluate its export with an appo config"
+        )
+    sys.argv = [sys.argv[0]]  # LightningCLI warns about arguments given twice
+    cli: AppoCLI | None = None
+    try:
+        cli = AppoCLI(stage, command, [command, *arguments])
+    finally:
+        _close(cli)
+    stopped = [callback.received for callback in cli.trainer.callbacks if isinstance(callback, GracefulStop)]  # type: ignore[attr-defined]
+    return 128 + stopped[0] if stopped and stopped[0] else 0
+
+
+def _close(cli: AppoCLI | None) -> None:
+    data = getattr(cli, "datamodule", None)
+    if isinstance(data, RolloutDataModule):
+        data.close()
+
+
+def run_export(arguments: list[str]) -> int:
+    """``appo export``: a Lightning checkpoint to a transformers or PEFT directory."""
+    parser = argparse.ArgumentParser(prog="appo export", description=run_export.__doc__)
+    parser.add_argument("--config", required=True, help="the config that the policy was trained with")
+    parser.add_argument("--ckpt_path", required=True, help="checkpoint of the run")
+    parser.add_argument("--output", required=True, help="directory to write")
+    parser.add_argument("--adapters", action="store_true", help="LoRA: write the adapters alone, for PEFT")
+    options = parser.parse_args(arguments)
+    path = Path(options.ckpt_path)
+    if not path.is_file():
+        raise ConfigurationError(f"--ckpt_path: expected a checkpoint file, found no {path}")
+    cli = AppoCLI(find_stage(["--config", options.config]), None, ["--config", options.config])
+    module = cli.model
+    assert isinstance(module, PolicyModule)
+    if options.adapters and module.policy_options.lora is None:
+        raise ConfigurationError("--adapters: this policy was trained without LoRA; leave the flag out")
+    module.configure_model()
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    module.on_load_checkpoint(checkpoint)
+    module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading)
+    module.export(options.output, merge=not options.adapters)
+    print(f"policy of {path} written to {options.output}")
+    return 0

@@ -1,0 +1,104 @@
+"""Means and histograms of one step, gathered over ranks and written to the logger in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    import lightning as L
+
+Values = Iterable[float | bool | int] | Tensor | float
+
+
+class MetricSums:
+    """Named sums and counts; a mean over ranks is a mean over their values, however many each rank has."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[float, float]] = {}
+        self._samples: dict[str, list[float]] = {}
+
+    def add(self, name: str, values: Values, *, histogram: bool = False) -> None:
+        """Add values to the mean called ``name``; no values leave no trace.
+
+        Args:
+            name: the TensorBoard name.
+            values: numbers.
+            histogram: also keep them for a histogram.
+        """
+        tensor = torch.as_tensor(
+            list(values) if isinstance(values, Iterable) and not isinstance(values, Tensor) else values
+        )
+        tensor = tensor.detach().flatten().float().cpu()
+        if tensor.numel() == 0:
+            return
+        self.add_sum(name, float(tensor.double().sum()), tensor.numel())
+        if histogram:
+            self._samples.setdefault(name, []).extend(tensor.tolist())
+
+    def add_sum(self, name: str, total: float, count: float) -> None:
+        """Add a ratio's numerator and denominator."""
+        old_total, old_count = self._sums.get(name, (0.0, 0.0))
+        self._sums[name] = (old_total + total, old_count + count)
+
+    def add_all(self, values: Mapping[str, float]) -> None:
+        """Add one value to each name."""
+        for name, value in values.items():
+            self.add_sum(name, value, 1.0)
+
+    def gathered(self) -> MetricSums:
+        """The sums of all ranks, on every rank. Collective."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return self
+        if torch.distributed.get_world_size() == 1:
+            return self
+        parts: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(parts, (self._sums, self._samples))
+        merged = MetricSums()
+        for sums, samples in parts:
+            for name, (total, count) in sums.items():
+                merged.add_sum(name, total, count)
+            for name, values in samples.items():
+                merged._samples.setdefault(name, []).extend(values)
+        return merged
+
+    def means(self) -> dict[str, float]:
+        """Mean by name."""
+        return {name: total / count for name, (total, count) in self._sums.items() if count}
+
+    def count(self, name: str) -> float:
+        """Number of values behind a mean."""
+        return self._sums.get(name, (0.0, 0.0))[1]
+
+    def samples(self) -> dict[str, list[float]]:
+        """Values kept for histograms."""
+        return self._samples
+
+
+def log_metrics(trainer: L.Trainer, sums: MetricSums, *, step: int | None = None) -> dict[str, float]:
+    """Gather over ranks and write scalars, and histograms where the logger is TensorBoard. Collective.
+
+    Returns:
+        The means, on every rank.
+    """
+    merged = sums.gathered()
+    means = merged.means()
+    at = trainer.global_step if step is None else step
+    if trainer.is_global_zero:
+        for logger in trainer.loggers:
+            logger.log_metrics(means, at)
+            writer = tensorboard_writer(logger)
+            if writer is not None:
+                for name, values in merged.samples().items():
+                    writer.add_histogram(f"{name}_distribution", torch.tensor(values), at)
+    return means
+
+
+def tensorboard_writer(logger: Any) -> Any | None:
+    """The SummaryWriter of a TensorBoard logger; None for other loggers."""
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    return logger.experiment if isinstance(logger, TensorBoardLogger) else None

@@ -1,0 +1,305 @@
+"""AppoModule: the policy under APPO's clipped, token-mean loss."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from appo_lightning.algorithm import clipped_policy_loss, kl_penalty, truncated_importance_weight
+from appo_lightning.batching import PaddedSequences, ProcedureBatch, TraceScores, pad_trajectories
+from appo_lightning.datamodule import EvaluationBatch
+from appo_lightning.errors import ConfigurationError, NonFiniteLossError
+from appo_lightning.metrics import MetricSums, log_metrics
+from appo_lightning.policy.causal_lm import TokenScores
+from appo_lightning.policy.options import OptimizerOptions, PolicyOptions
+from appo_lightning.policy.snapshot import PolicySnapshot
+from appo_lightning.policy_module import PolicyModule
+from appo_lightning.rollout.serialise import tree_to_dict
+from appo_lightning.types import Trajectory
+
+
+@dataclass
+class LossOptions:
+    """The clipped policy loss.
+
+    Args:
+        clip_low: the ratio is clipped below 1 - clip_low.
+        clip_high: the ratio is clipped above 1 + clip_high.
+        dual_clip: bound on the loss of tokens with negative advantage, as a multiple of it; null turns it off.
+        drop_lower_clipped: responses with more than one token beyond dual_clip leave the loss (published).
+        kl: estimator of the KL divergence to the policy at the start of the run; "none" costs nothing.
+        kl_coefficient: weight of that term.
+        importance_cap: weight tokens by min(trainer / sampler probability, cap); null turns it off.
+    """
+
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    dual_clip: float | None = 3.0
+    drop_lower_clipped: bool = True
+    kl: Literal["none", "k1", "k2", "k3"] = "none"
+    kl_coefficient: float = 0.0
+    importance_cap: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.kl == "none") != (self.kl_coefficient == 0):
+            raise ConfigurationError(
+                f"model.loss.kl = {self.kl!r} and kl_coefficient = {self.kl_coefficient:g} belong together: "
+                "set both or neither"
+            )
+        if self.dual_clip is None and self.drop_lower_clipped:
+            raise ConfigurationError(
+                "model.loss.drop_lower_clipped needs dual_clip; set a dual_clip or drop_lower_clipped: false"
+            )
+
+
+@dataclass(slots=True)
+class _MicroBatch:
+    """Some rows of a mini-batch, on the device."""
+
+    sequences: PaddedSequences
+    old_logprobs: Tensor  # [b, l]
+    behaviour_logprobs: Tensor  # [b, l]
+    advantages: Tensor  # [b, l]
+    reference_logprobs: Tensor | None  # [b, l]
+
+
+class AppoModule(PolicyModule):
+    """Trains a policy on branched rollouts.
+
+    Args:
+        policy: which model, full or LoRA.
+        optimizer: AdamW, schedule, clipping.
+        loss: the clipped policy loss.
+        micro_batch_size: rows per forward and backward pass.
+        score_batch_size: rows per forward pass without gradient.
+    """
+
+    def __init__(
+        self,
+        policy: PolicyOptions,
+        optimizer: OptimizerOptions = OptimizerOptions(),  # noqa: B008  # jsonargparse shows it; never mutated
+        loss: LossOptions = LossOptions(),  # noqa: B008  # likewise
+        micro_batch_size: int = 8,
+        score_batch_size: int = 16,
+    ) -> None:
+        super().__init__(policy, optimizer)
+        for name, value in (("micro_batch_size", micro_batch_size), ("score_batch_size", score_batch_size)):
+            if value < 1:
+                raise ConfigurationError(f"model.{name} must be at least 1, got {value}")
+        self.loss_options = loss
+        self.micro_batch_size, self.score_batch_size = micro_batch_size, score_batch_size
+        self._reference: PolicySnapshot | None = None
+        self._phase_start: PolicySnapshot | None = None
+        self._previous: PolicySnapshot | None = None
+        self._validation = MetricSums()
+
+    # --- what the rollouts ask of the policy ------------------------------------------------------------------------
+
+    @property
+    def weights_version(self) -> int:
+        """Optimiser steps so far: grows with every change of the weights."""
+        return int(self.trainer.global_step)
+
+    def score(self, trajectories: Sequence[Trajectory], *, temperature: float) -> list[TraceScores]:
+        """Log-probs and entropies of the sampled tokens with the current weights, in the order given."""
+        with self.scoring():
+            scored = self._score_rows(pad_trajectories(trajectories), temperature)
+        return [
+            TraceScores(
+                scored.logprobs[row, (start := len(t.prompt_ids)) : start + len(t.response_ids)].clone(),
+                scored.entropies[row, start : start + len(t.response_ids)].clone(),
+            )
+            for row, t in enumerate(trajectories)
+            if scored.entropies is not None
+        ]
+
+    def score_previous(self, trajectories: Sequence[Trajectory], *, temperature: float) -> list[Tensor]:
+        """Log-probs [T] by the weights at the beginning of the phase before this one."""
+        assert self._previous is not None, "on_phase_begin comes first"
+        with self._previous.active():
+            return [scores.logprobs for scores in self.score(trajectories, temperature=temperature)]
+
+    def on_phase_begin(self) -> None:
+        """Called when a rollout phase has sampled its roots: its policy becomes the next phase's previous one."""
+        if self._datamodule().branching.gain_baseline != "previous":
+            return
+        if self._phase_start is None or self._previous is None:
+            self._phase_start, self._previous = PolicySnapshot(self.policy), PolicySnapshot(self.policy)
+            return
+        self._previous, self._phase_start = self._phase_start, self._previous
+        self._phase_start.take()
+
+    def _datamodule(self) -> Any:
+        return self.trainer.datamodule  # type: ignore[attr-defined]
+
+    def _score_rows(self, sequences: PaddedSequences, temperature: float) -> TokenScores:
+        """Scores [B, L] on the CPU, in chunks of similar length; every rank runs the same number of forwards."""
+        logprobs = torch.zeros(sequences.mask.shape)
+        entropies = torch.zeros(sequences.mask.shape)
+        chunks = _chunks(sequences.lengths, self.score_batch_size)
+        for index in range(self.global_max(len(chunks))):
+            rows = chunks[index] if index < len(chunks) else torch.zeros(1, dtype=torch.long)
+            part = (sequences if len(chunks) else _one_token()).rows(rows).to(self.device)
+            scored = self.policy.score(
+                part.token_ids, part.lengths, mask=part.mask, temperature=temperature, entropy=True
+            )
+            if index < len(chunks) and scored.entropies is not None:
+                width = part.mask.shape[1]
+                logprobs[rows, :width] = scored.logprobs.cpu()
+                entropies[rows, :width] = scored.entropies.cpu()
+        return TokenScores(logprobs, entropies)
+
+    # --- training ----------------------------------------------------------------------------------------------------
+
+    def on_policy_built(self) -> None:
+        if self.loss_options.kl != "none":
+            self._reference = PolicySnapshot(self.policy)
+
+    def training_step(self, batch: ProcedureBatch, batch_idx: int) -> None:
+        if batch.advantages is None:
+            raise ConfigurationError(
+                "batch.advantages is None: add appo_lightning.callbacks.ProcedureAdvantageScaling to trainer.callbacks"
+            )
+        num_tokens = self.global_sum(batch.mask.sum().float()).clamp(min=1)
+        metrics = MetricSums()
+        micro_batches = self._micro_batches(batch)
+        try:
+            step = self.optimiser_step(
+                micro_batches, lambda part: self._loss(part, batch.temperature, num_tokens, metrics)
+            )
+        except NonFiniteLossError as error:
+            path = self._save_rollouts(batch)
+            raise NonFiniteLossError(f"{error}; the rollouts of this step are in {path}") from error
+        metrics.add_all({"loss/grad_norm": step.grad_norm, "loss/learning_rate": step.learning_rate})
+        metrics.add("loss/tokens", float(num_tokens))
+        log_metrics(self.trainer, metrics)
+
+    def _loss(self, part: _MicroBatch, temperature: float, num_tokens: Tensor, metrics: MetricSums) -> Tensor:
+        options, mask = self.loss_options, part.sequences.mask
+        scored = self.policy.score(part.sequences.token_ids, part.sequences.lengths, mask=mask, temperature=temperature)
+        weight = None
+        if options.importance_cap is not None:
+            weight = truncated_importance_weight(part.old_logprobs, part.behaviour_logprobs, options.importance_cap)
+        result = clipped_policy_loss(
+            scored.logprobs,
+            part.old_logprobs,
+            part.advantages,
+            mask,
+            clip_low=options.clip_low,
+            clip_high=options.clip_high,
+            dual_clip=options.dual_clip,
+            drop_lower_clipped=options.drop_lower_clipped,
+            normaliser=num_tokens,
+            weight=weight,
+        )
+        loss = result.loss
+        count = float(mask.sum())
+        if part.reference_logprobs is not None and options.kl != "none":
+            divergence = kl_penalty(scored.logprobs, part.reference_logprobs, options.kl) * mask
+            loss = loss + options.kl_coefficient * divergence.sum() / num_tokens
+            metrics.add_sum("loss/kl_reference", float(divergence.detach().sum()), count)
+        for name in ("clip_fraction", "lower_clip_fraction", "approx_kl", "dropped_fraction"):
+            metrics.add_sum(f"loss/{name}", float(getattr(result, name)) * count, count)
+        metrics.add_sum("loss/policy", float(result.loss.detach()) * float(num_tokens), count)
+        return loss
+
+    def _micro_batches(self, batch: ProcedureBatch) -> list[_MicroBatch]:
+        assert batch.advantages is not None
+        reference = None
+        if self._reference is not None:
+            with self._reference.active(), self.scoring():
+                reference = self._score_rows(batch.sequences.to(torch.device("cpu")), batch.temperature).logprobs
+        parts = []
+        for rows in _chunks(batch.sequences.lengths.cpu(), self.micro_batch_size):
+            sequences = batch.sequences.rows(rows.to(batch.mask.device))
+            width = sequences.mask.shape[1]
+            parts.append(
+                _MicroBatch(
+                    sequences,
+                    batch.old_logprobs[rows, :width],
+                    batch.behaviour_logprobs[rows, :width],
+                    batch.advantages[rows, :width],
+                    None if reference is None else reference[rows, :width].to(self.device),
+                )
+            )
+        return parts
+
+    def _save_rollouts(self, batch: ProcedureBatch) -> Path:
+        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"failed_step_{self.global_step}_rank_{self.global_rank}.jsonl"
+        with path.open("w") as file:
+            file.writelines(json.dumps(tree_to_dict(tree)) + "\n" for tree in batch.trees)
+        return path
+
+    # --- evaluation --------------------------------------------------------------------------------------------------
+
+    def validation_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
+        self._collect(batch, "val")
+
+    def test_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
+        self._collect(batch, "test")
+
+    def predict_step(self, batch: EvaluationBatch, batch_idx: int) -> EvaluationBatch:
+        return batch
+
+    def _collect(self, batch: EvaluationBatch, stage: str) -> None:
+        for trajectory in batch.trajectories:
+            assert trajectory.reward is not None
+            assert trajectory.success is not None
+            self._validation.add(f"{stage}/success", float(trajectory.success))
+            self._validation.add(f"{stage}/reward", trajectory.reward)
+            self._validation.add(f"{stage}/response_tokens", len(trajectory.response_ids))
+            self._validation.add(f"{stage}/sampled_tokens", trajectory.num_sampled)
+            self._validation.add(f"{stage}/tool_calls", len(trajectory.tool_calls))
+            for name, value in trajectory.reward_parts.items():
+                self._validation.add(f"{stage}/reward_{name}", value)
+        self._validation.add(f"{stage}/seconds", batch.seconds)
+
+    def on_validation_epoch_end(self) -> None:
+        self._finish_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._finish_evaluation("test")
+
+    def _finish_evaluation(self, stage: str) -> None:
+        sums, self._validation = self._validation.gathered(), MetricSums()
+        means = sums.means()
+        means[f"{stage}/tasks"] = sums.count(f"{stage}/success")
+        for name, value in means.items():
+            self.log(name, value, prog_bar=name.endswith("/success"))
+
+    # --- checkpoints -------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        if self._phase_start is not None and self._previous is not None:
+            checkpoint["snapshots"] = {
+                "phase_start": self._phase_start.state_dict(),
+                "previous": self._previous.state_dict(),
+            }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        if self.policy is not None and "snapshots" in checkpoint:
+            self._phase_start, self._previous = PolicySnapshot(self.policy), PolicySnapshot(self.policy)
+            self._phase_start.load_state_dict(checkpoint["snapshots"]["phase_start"])
+            self._previous.load_state_dict(checkpoint["snapshots"]["previous"])
+
+
+def _chunks(lengths: Tensor, size: int) -> list[Tensor]:
+    """Row indices in chunks of similar length, the longest first: memory peaks early."""
+    return list(lengths.argsort(descending=True, stable=True).split(size)) if len(lengths) else []
+
+
+def _one_token() -> PaddedSequences:
+    """A row that scores nothing, for a rank that only keeps the others company."""
+    return PaddedSequences(
+        torch.zeros((1, 1), dtype=torch.long), torch.ones(1, dtype=torch.long), torch.zeros((1, 1), dtype=torch.bool)
+    )

@@ -1,0 +1,357 @@
+"""The tool loop: prefixes in, finished trajectories out, the engine busy while tools work.
+
+Token-in/token-out: sampled ids are never re-tokenised; tool results enter as ids with ``sampled = False``. What comes
+out is a function of (weights, task, seed), whatever the timing of tools, as long as no tool runs into its time limit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from appo_lightning.errors import ConfigurationError, ToolFailure
+from appo_lightning.rollout.parsing import ParsedCall, ResultEncoder, parse_call, stop_strings
+from appo_lightning.rollout.seeds import derive_seed
+from appo_lightning.rollout.toolpool import ToolOutcome, ToolPool
+from appo_lightning.samplers.base import Completion, Sampler, SampleRequest
+from appo_lightning.tools.base import Tool, ToolSession
+from appo_lightning.types import StopReason, Task, ToolCall, ToolError, Trajectory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass
+class RolloutLimits:
+    """Budgets of one trajectory, and how it is sampled.
+
+    Args:
+        max_prompt_tokens: longest prompt; a longer one is an error.
+        max_response_tokens: sampled tokens and tool results together.
+        max_tool_calls: calls per trajectory. One call more is answered with a note; a second one ends the rollout.
+        max_result_tokens: longest tool result; the rest is cut.
+        tool_workers: tool calls that run at the same time.
+        temperature: of sampling; log-probs are taken at the same temperature.
+        top_p: nucleus sampling; 1 turns it off.
+        top_k: sample among the k most probable tokens; 0 turns it off.
+    """
+
+    max_prompt_tokens: int = 1024
+    max_response_tokens: int = 4096
+    max_tool_calls: int = 3
+    max_result_tokens: int = 1024
+    tool_workers: int = 16
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("max_prompt_tokens", "max_response_tokens", "max_result_tokens", "tool_workers"):
+            if getattr(self, name) < 1:
+                raise ConfigurationError(f"rollout.{name} must be at least 1, got {getattr(self, name)}")
+        if self.max_tool_calls < 0:
+            raise ConfigurationError(f"rollout.max_tool_calls must be at least 0, got {self.max_tool_calls}")
+        if self.temperature < 0:
+            raise ConfigurationError(f"rollout.temperature must be at least 0, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ConfigurationError(f"rollout.top_p must be in (0, 1], got {self.top_p}")
+        if self.top_k < 0:
+            raise ConfigurationError(f"rollout.top_k must be at least 0, got {self.top_k}")
+
+
+@dataclass(slots=True)
+class Prefix:
+    """Where a rollout starts: a task, and for a branch the part of a root that it keeps."""
+
+    task: Task
+    seed: int
+    response_ids: list[int] = field(default_factory=list)
+    tool_calls: list[ToolCall] = field(default_factory=list)  # those whose result lies inside response_ids
+
+
+@dataclass(slots=True)
+class LoopStatistics:
+    """What the loop did, in tokens and seconds."""
+
+    sampled_tokens: int = 0
+    prompt_tokens: int = 0  # tokens of all requests before the sampled ones
+    cached_tokens: int = 0  # of these, served from the prefix cache
+    tool_calls: int = 0
+    tool_seconds: float = 0.0  # summed over calls
+    waiting_seconds: float = 0.0  # no request in the engine, tools running
+    seconds: float = 0.0
+
+
+class RolloutLoop:
+    """Runs trajectories through a sampler and tools until all are finished.
+
+    Args:
+        sampler: started, holding the policy's weights.
+        tools: by their names the policy calls them.
+        tokenizer: the policy's.
+        limits: budgets.
+    """
+
+    def __init__(
+        self, sampler: Sampler, tools: Sequence[Tool], tokenizer: PreTrainedTokenizerBase, limits: RolloutLimits
+    ) -> None:
+        self._sampler, self._tokenizer, self._limits = sampler, tokenizer, limits
+        self._tools = {tool.name: tool for tool in tools}
+        if len(self._tools) < len(tools):
+            raise ConfigurationError(f"tool names must differ, got {[tool.name for tool in tools]}")
+        self._names = tuple(self._tools)
+        self._stop = stop_strings(self._names)
+        self._encoder = ResultEncoder(tokenizer, self._names)
+        self.statistics = LoopStatistics()
+
+    def run(
+        self,
+        prefixes: Sequence[Prefix],
+        *,
+        policy_version: int,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Trajectory]:
+        """Finish every prefix.
+
+        Args:
+            prefixes: any number; the sampler queues what does not fit.
+            policy_version: recorded in the trajectories.
+            progress: called with (finished, total).
+
+        Returns:
+            Trajectories in the order of the prefixes.
+        """
+        started = time.monotonic()
+        episodes = [_Episode(prefix, index) for index, prefix in enumerate(prefixes)]
+        pool: ToolPool[_Episode] = ToolPool(self._limits.tool_workers)
+        generating: dict[int, _Episode] = {}
+        finished = 0
+
+        def advance(episode: _Episode) -> None:
+            nonlocal finished
+            self._advance(episode, pool, generating)
+            if episode.stop_reason is not None:
+                finished += 1
+                if progress is not None:
+                    progress(finished, len(episodes))
+
+        try:
+            for episode in episodes:
+                advance(episode)
+            while generating or len(pool):
+                waiting_since = time.monotonic()
+                for outcome in pool.poll(block=not generating):
+                    self._absorb_result(outcome)
+                    advance(outcome.key)
+                if not generating:
+                    self.statistics.waiting_seconds += time.monotonic() - waiting_since
+                    continue
+                for completion in self._sampler.step():
+                    episode = generating.pop(completion.id)
+                    self._absorb_tokens(episode, completion)
+                    advance(episode)
+        finally:
+            pool.abandon()
+            self._sampler.abort(list(generating))
+            for episode in episodes:
+                episode.close()
+        self.statistics.seconds += time.monotonic() - started
+        return [self._trajectory(episode, policy_version) for episode in episodes]
+
+    def take_statistics(self) -> LoopStatistics:
+        """What happened since the last call."""
+        taken, self.statistics = self.statistics, LoopStatistics()
+        return taken
+
+    # --- one episode ---------------------------------------------------------------------------------------------
+
+    def _advance(self, episode: _Episode, pool: ToolPool[_Episode], generating: dict[int, _Episode]) -> None:
+        """Take the next step of an episode: call a tool, sample on, or finish."""
+        while episode.stop_reason is None:
+            call = self._pending_call(episode)
+            if call is None:
+                if episode.finish in ("eos", "length"):
+                    episode.stop_reason = "eos" if episode.finish == "eos" else "length"
+                elif self._room(episode) < 1:
+                    episode.stop_reason = "length"
+                else:
+                    self._sampler.submit(self._request(episode))
+                    generating[episode.index] = episode
+                    return
+            elif call.argument is None:
+                note = f"malformed call: </{call.name}> without <{call.name}>"
+                self._append_result(episode, call.name, "", note, "malformed", 0.0)
+            elif len(episode.tool_calls) >= self._limits.max_tool_calls:
+                if any(previous.error == "limit" for previous in episode.tool_calls):
+                    episode.stop_reason = "call_limit"
+                else:
+                    note = f"no tool calls left (limit {self._limits.max_tool_calls}); answer now"
+                    self._append_result(episode, call.name, call.argument, note, "limit", 0.0)
+            else:
+                self._start_call(episode, call.name, call.argument, pool)
+                return
+
+    def _pending_call(self, episode: _Episode) -> ParsedCall | None:
+        if episode.finish == "stop" or episode.finish is None:
+            turn = self._tokenizer.decode(episode.response_ids[episode.turn_start :])
+            return parse_call(str(turn), self._names)
+        return None
+
+    def _room(self, episode: _Episode) -> int:
+        return self._limits.max_response_tokens - len(episode.response_ids)
+
+    def _request(self, episode: _Episode) -> SampleRequest:
+        episode.turn += 1
+        return SampleRequest(
+            id=episode.index,
+            token_ids=episode.prefix.task.prompt_ids + episode.response_ids,
+            max_tokens=self._room(episode),
+            seed=derive_seed(episode.prefix.seed, episode.turn),
+            temperature=self._limits.temperature,
+            top_p=self._limits.top_p,
+            top_k=self._limits.top_k,
+            stop=self._stop,
+        )
+
+    def _absorb_tokens(self, episode: _Episode, completion: Completion) -> None:
+        self.statistics.prompt_tokens += len(episode.prefix.task.prompt_ids) + len(episode.response_ids)
+        self.statistics.cached_tokens += completion.cached_tokens
+        self.statistics.sampled_tokens += len(completion.token_ids)
+        episode.response_ids += completion.token_ids
+        episode.sampled += [True] * len(completion.token_ids)
+        episode.logprobs += completion.logprobs
+        episode.finish = completion.finish
+
+    # --- tools -----------------------------------------------------------------------------------------------------
+
+    def _start_call(self, episode: _Episode, name: str, argument: str, pool: ToolPool[_Episode]) -> None:
+        tool = self._tools[name]
+        episode.pending = (name, argument)
+        replays = 0
+        if tool.stateful and name not in episode.sessions and name not in episode.lost:
+            replays = len(episode.calls_to_replay(name))
+        pool.submit(
+            episode,
+            lambda: episode.call(tool, argument),
+            interrupt=lambda: episode.interrupt(name),
+            # A branch first repeats the calls of its prefix, each within the same limit.
+            timeout_s=tool.timeout_s * (1 + replays),
+        )
+
+    def _absorb_result(self, outcome: ToolOutcome[_Episode]) -> None:
+        episode = outcome.key
+        assert episode.pending is not None
+        name, argument = episode.pending
+        episode.pending = None
+        if outcome.abandoned:
+            episode.abandon_session(name)
+        text = outcome.text.strip()
+        error: ToolError | None = None
+        if outcome.failure is not None:
+            kind = outcome.failure.kind
+            error = kind if kind in ("timeout", "malformed") else "error"  # type: ignore[assignment]
+            text = f"{error}: {text}" if error != "error" else text or "error"
+        elif not text:
+            error, text = "empty", "no result"
+        self.statistics.tool_calls += 1
+        self.statistics.tool_seconds += outcome.seconds
+        self._append_result(episode, name, argument, text, error, outcome.seconds)
+
+    def _append_result(
+        self, episode: _Episode, name: str, argument: str, text: str, error: ToolError | None, seconds: float
+    ) -> None:
+        ids, shown = self._encoder.encode(text, self._limits.max_result_tokens)
+        start = len(episode.response_ids)
+        ids = ids[: max(0, self._room(episode))]
+        episode.response_ids += ids
+        episode.sampled += [False] * len(ids)
+        episode.logprobs += [0.0] * len(ids)
+        episode.tool_calls.append(
+            ToolCall(
+                name=name,
+                argument=argument,
+                result=shown,
+                output_start=start,
+                output_stop=len(episode.response_ids),
+                succeeded=error is None,
+                seconds=seconds,
+                error=error,
+            )
+        )
+        episode.turn_start = len(episode.response_ids)
+        episode.finish = None
+
+    def _trajectory(self, episode: _Episode, policy_version: int) -> Trajectory:
+        assert episode.stop_reason is not None
+        return Trajectory(
+            prompt_ids=episode.prefix.task.prompt_ids,
+            response_ids=episode.response_ids,
+            sampled=episode.sampled,
+            behaviour_logprobs=episode.logprobs,
+            tool_calls=episode.tool_calls,
+            stop_reason=episode.stop_reason,
+            policy_version=policy_version,
+            response_text=str(self._tokenizer.decode(episode.response_ids, skip_special_tokens=True)),
+        )
+
+
+class _Episode:
+    """A trajectory in the making."""
+
+    def __init__(self, prefix: Prefix, index: int) -> None:
+        self.prefix, self.index = prefix, index
+        self.response_ids = list(prefix.response_ids)
+        self.sampled = [False] * len(self.response_ids)
+        self.logprobs = [0.0] * len(self.response_ids)
+        self.tool_calls = list(prefix.tool_calls)
+        self.turn_start = max((call.output_stop for call in self.tool_calls), default=0)
+        self.turn = 0  # requests so far
+        self.finish: str | None = None
+        self.stop_reason: StopReason | None = None
+        self.pending: tuple[str, str] | None = None
+        self.sessions: dict[str, ToolSession] = {}
+        self.abandoned: list[ToolSession] = []
+        self.lost: set[str] = set()  # stateful tools whose state is gone
+
+    def call(self, tool: Tool, argument: str) -> str:
+        """Answer a call in this trajectory's own session; runs in a tool thread."""
+        session = self.sessions.get(tool.name)
+        if session is None:
+            session = self.sessions[tool.name] = tool.open(self.prefix.task)
+            if tool.stateful and tool.name not in self.lost:
+                self._replay(session, tool.name)
+        return session.call(argument)
+
+    def calls_to_replay(self, name: str) -> list[ToolCall]:
+        """The prefix's calls that made the state at the branch point: those since state was last lost."""
+        calls: list[ToolCall] = []
+        for call in self.prefix.tool_calls:
+            if call.name != name or call.error in ("limit", "malformed"):
+                continue
+            calls = [] if call.error == "timeout" else [*calls, call]
+        return calls
+
+    def _replay(self, session: ToolSession, name: str) -> None:
+        for call in self.calls_to_replay(name):
+            # A call that raised in the root raises here too, and leaves the same state behind.
+            with suppress(ToolFailure):
+                session.call(call.argument)
+
+    def interrupt(self, name: str) -> None:
+        session = self.sessions.get(name)
+        if session is not None:
+            session.interrupt()
+
+    def abandon_session(self, name: str) -> None:
+        """Never use a session again whose call was given up; it is closed with the rest."""
+        self.lost.add(name)
+        session = self.sessions.pop(name, None)
+        if session is not None:
+            self.abandoned.append(session)
+
+    def close(self) -> None:
+        for session in [*self.sessions.values(), *self.abandoned]:
+            session.close()

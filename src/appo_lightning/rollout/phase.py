@@ -1,0 +1,256 @@
+"""One rollout phase: the roots of a training step, and the branches of its mini-batches.
+
+Knows no Lightning: the trainer's side comes in as a ``PhasePolicy``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from appo_lightning.batching import ProcedureBatch, TraceScores, build_batch
+from appo_lightning.errors import DataError
+from appo_lightning.rewards.base import Reward
+from appo_lightning.rollout.loop import Prefix, RolloutLoop
+from appo_lightning.rollout.seeds import derive_seed
+from appo_lightning.rollout.serialise import trajectory_from_dict, trajectory_to_dict
+from appo_lightning.rollout.tree import (
+    BlankTokens,
+    BranchingOptions,
+    attach_branches,
+    branch_prefixes,
+    plan_branches,
+    score_rewards,
+)
+from appo_lightning.types import RolloutTree, Task, Trajectory
+
+
+class PhasePolicy(Protocol):
+    """What a rollout phase needs of the trainer."""
+
+    @property
+    def version(self) -> int:
+        """Grows with every change of the policy's weights."""
+
+    def sync_sampler(self) -> None:
+        """Give the sampler the current weights, if it has others."""
+
+    def score(self, trajectories: Sequence[Trajectory], *, temperature: float) -> list[TraceScores]:
+        """Score sampled tokens with the current weights."""
+
+    def score_previous(self, trajectories: Sequence[Trajectory], *, temperature: float) -> list[Tensor]:
+        """Log-probs [T] by the weights of the previous rollout phase."""
+
+
+@dataclass(slots=True)
+class PhaseTimes:
+    """Seconds of what happened since the last mini-batch."""
+
+    sample_roots: float = 0.0
+    sample_branches: float = 0.0
+    score: float = 0.0
+    sync: float = 0.0
+    reward: float = 0.0
+
+
+@dataclass(slots=True)
+class LogprobGap:
+    """Difference between trainer and sampler on the same tokens right after a sync, nats."""
+
+    mean: float = 0.0  # mean absolute
+    rms: float = 0.0
+    maximum: float = 0.0
+
+
+@dataclass(slots=True)
+class Phase:
+    """The roots of one training step and what the old policy thought of them."""
+
+    index: int
+    policy_version: int
+    tasks: list[Task]
+    roots: list[list[Trajectory]]  # per task
+    old: list[list[TraceScores]]  # per task, per root
+    gap: LogprobGap
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain containers and tensors: what ``weights_only`` loading accepts."""
+        return {
+            "index": self.index,
+            "policy_version": self.policy_version,
+            "task_ids": [task.id for task in self.tasks],
+            "roots": [[trajectory_to_dict(root) for root in group] for group in self.roots],
+            "old": [[(s.logprobs, s.entropies) for s in group] for group in self.old],
+            "gap": (self.gap.mean, self.gap.rms, self.gap.maximum),
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any], tasks: list[Task]) -> Phase:
+        """The phase that ``state_dict`` described.
+
+        Args:
+            state: its state.
+            tasks: the same tasks, drawn again.
+
+        Raises:
+            DataError: the tasks are others than those of the checkpoint.
+        """
+        if [task.id for task in tasks] != list(state["task_ids"]):
+            raise DataError(
+                "the checkpoint was made in the middle of a rollout phase over other tasks; "
+                "resume with the same data.train, seed and number of processes"
+            )
+        return cls(
+            index=state["index"],
+            policy_version=state["policy_version"],
+            tasks=tasks,
+            roots=[[trajectory_from_dict(root) for root in group] for group in state["roots"]],
+            old=[[TraceScores(*scores) for scores in group] for group in state["old"]],
+            gap=LogprobGap(*state["gap"]),
+        )
+
+
+@dataclass
+class PhaseRunner:
+    """Samples roots and branches for one trainer.
+
+    Args:
+        loop: rollouts through the sampler and the tools.
+        policy: the trainer's side.
+        reward: scores finished responses.
+        options: how many rollouts, where they branch.
+        temperature: of sampling.
+        max_response_tokens: response budget.
+        seed: of the run.
+        is_blank: white-space tokens.
+        train_branches: branches become rows of the batch.
+        progress: called with (stage, finished, total).
+    """
+
+    loop: RolloutLoop
+    policy: PhasePolicy
+    reward: Reward
+    options: BranchingOptions
+    temperature: float
+    max_response_tokens: int
+    seed: int
+    is_blank: BlankTokens
+    train_branches: bool = False
+    progress: Callable[[str, int, int], None] | None = None
+    times: PhaseTimes = field(default_factory=PhaseTimes)
+
+    def begin(self, index: int, tasks: list[Task]) -> Phase:
+        """Sample the roots of a phase and score them with the weights that sampled them."""
+        self._sync()
+        prefixes = [
+            Prefix(task, derive_seed(self.seed, index, task.id, "root", n))
+            for task in tasks
+            for n in range(self.options.num_roots)
+        ]
+        started = time.monotonic()
+        flat = self._sample("roots", prefixes)
+        self.times.sample_roots += time.monotonic() - started
+        count = self.options.num_roots
+        roots = [flat[i * count : (i + 1) * count] for i in range(len(tasks))]
+        for task, group in zip(tasks, roots, strict=True):
+            self._reward(task, group)
+        scores = self._score(flat)
+        old = [scores[i * count : (i + 1) * count] for i in range(len(tasks))]
+        return Phase(index, self.policy.version, tasks, roots, old, _logprob_gap(flat, scores))
+
+    def mini_batch(self, phase: Phase, rows: range, *, visit: int) -> ProcedureBatch:
+        """Branch some prompts of a phase with the current policy.
+
+        Args:
+            phase: roots.
+            rows: tasks of the mini-batch.
+            visit: mini-batches of this phase before this one: names the seeds.
+        """
+        trees = [RolloutTree(phase.tasks[i], phase.roots[i]) for i in rows]
+        roots = [root for tree in trees for root in tree.roots]
+        old = [scores for i in rows for scores in phase.old[i]]
+        moved = self.policy.version != phase.policy_version
+        branching = self.options.num_branches > 0
+        # Without a move the current policy is the old one: nothing to compute.
+        current = self._score(roots) if moved else old
+        base = [scores.logprobs for scores in old]
+        if branching and self.options.gain_baseline == "previous":
+            started = time.monotonic()
+            base = self.policy.score_previous(roots, temperature=self.temperature)
+            self.times.score += time.monotonic() - started
+        plan = plan_branches(
+            trees,
+            current,
+            base,
+            self.options,
+            noise_floor=phase.gap.rms,
+            max_response_tokens=self.max_response_tokens,
+            is_blank=self.is_blank,
+            seed=derive_seed(self.seed, phase.index, visit, "criterion"),
+        )
+        if branching:
+            self._sample_branches(trees, plan.points, derive_seed(self.seed, phase.index, visit))
+        branch_scores = None
+        if self.train_branches:
+            branch_scores = self._score([branch.trajectory for tree in trees for branch in tree.branches])
+        return build_batch(
+            trees,
+            old=old,
+            current=current,
+            fallback=plan.fallback,
+            temperature=self.temperature,
+            branch_scores=branch_scores,
+        )
+
+    def _sample_branches(self, trees: list[RolloutTree], points: Sequence[Sequence[Any]], seed: int) -> None:
+        self._sync()
+        prefixes = [
+            branch_prefixes(tree, chosen, keep_token=self.options.keep_token, seed=seed)
+            for tree, chosen in zip(trees, points, strict=True)
+        ]
+        started = time.monotonic()
+        flat = iter(self._sample("branches", [prefix for group in prefixes for prefix in group]))
+        self.times.sample_branches += time.monotonic() - started
+        for tree, chosen, group in zip(trees, points, prefixes, strict=True):
+            attach_branches(tree, chosen, group, [next(flat) for _ in group])
+            self._reward(tree.task, [branch.trajectory for branch in tree.branches])
+
+    def _sync(self) -> None:
+        started = time.monotonic()
+        self.policy.sync_sampler()
+        self.times.sync += time.monotonic() - started
+
+    def _sample(self, stage: str, prefixes: list[Prefix]) -> list[Trajectory]:
+        report = self.progress
+        return self.loop.run(
+            prefixes,
+            policy_version=self.policy.version,
+            progress=None if report is None else lambda done, total: report(stage, done, total),
+        )
+
+    def _score(self, trajectories: list[Trajectory]) -> list[TraceScores]:
+        started = time.monotonic()
+        scores = self.policy.score(trajectories, temperature=self.temperature)
+        self.times.score += time.monotonic() - started
+        return scores
+
+    def _reward(self, task: Task, trajectories: list[Trajectory]) -> None:
+        started = time.monotonic()
+        score_rewards(self.reward, task, trajectories)
+        self.times.reward += time.monotonic() - started
+
+
+def _logprob_gap(trajectories: Sequence[Trajectory], scores: Sequence[TraceScores]) -> LogprobGap:
+    gaps = [
+        (score.logprobs - torch.tensor(trajectory.behaviour_logprobs))[torch.tensor(trajectory.sampled)]
+        for trajectory, score in zip(trajectories, scores, strict=True)
+    ]
+    gap = torch.cat(gaps).double() if gaps else torch.zeros(0)
+    if gap.numel() == 0:
+        return LogprobGap()
+    return LogprobGap(float(gap.abs().mean()), float(gap.square().mean().sqrt()), float(gap.abs().max()))

@@ -1,0 +1,40 @@
+"""Chat messages to prompt ids, by the model's own chat template."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from appo_lightning.errors import ConfigurationError, DataError
+from appo_lightning.types import Task, TaskRow
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def build_task(row: TaskRow, tokenizer: PreTrainedTokenizerBase, *, max_prompt_tokens: int) -> Task:
+    """Tokenise one question.
+
+    Args:
+        row: the question.
+        tokenizer: must have a chat template.
+        max_prompt_tokens: longest prompt.
+
+    Raises:
+        ConfigurationError: the tokenizer has no chat template.
+        DataError: the prompt is longer than the budget.
+    """
+    if tokenizer.chat_template is None:
+        raise ConfigurationError(
+            f"the tokenizer of {tokenizer.name_or_path!r} has no chat template; use an instruction-tuned model, or set "
+            "tokenizer.chat_template and save the tokenizer again"
+        )
+    encoded: Any = tokenizer.apply_chat_template(
+        row.messages, add_generation_prompt=True, tokenize=True, return_dict=False
+    )
+    prompt_ids = [int(token) for token in encoded]
+    if len(prompt_ids) > max_prompt_tokens:
+        raise DataError(
+            f"task {row.id}: the prompt has {len(prompt_ids)} tokens, the budget is {max_prompt_tokens}; "
+            "raise data.rollout.max_prompt_tokens or drop long rows"
+        )
+    return Task(id=row.id, prompt_ids=prompt_ids, references=row.references, metadata=row.metadata)

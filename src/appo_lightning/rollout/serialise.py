@@ -1,0 +1,47 @@
+"""Trajectories as plain containers: in checkpoints, in JSONL files."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from appo_lightning.types import Branch, RolloutTree, ToolCall, Trajectory
+
+
+def trajectory_to_dict(trajectory: Trajectory) -> dict[str, Any]:
+    """Every field; loaded back by ``trajectory_from_dict``."""
+    return asdict(trajectory)
+
+
+def trajectory_from_dict(state: dict[str, Any]) -> Trajectory:
+    """The trajectory that ``trajectory_to_dict`` described."""
+    return Trajectory(**{**state, "tool_calls": [ToolCall(**call) for call in state["tool_calls"]]})
+
+
+def tree_to_dict(tree: RolloutTree) -> dict[str, Any]:
+    """One line of a rollout file: the task, its roots and branches."""
+    return {
+        "task": tree.task.id,
+        "references": list(tree.task.references),
+        "prompt_ids": tree.task.prompt_ids,
+        "roots": [_without_prompt(root) for root in tree.roots],
+        "branches": [_branch_to_dict(branch) for branch in tree.branches],
+    }
+
+
+def _branch_to_dict(branch: Branch) -> dict[str, Any]:
+    return {
+        "root": branch.point.root,
+        "position": branch.point.position,
+        "score": branch.point.score,
+        "entropy_z": branch.point.entropy_z,
+        "future_value_z": branch.point.future_value_z,
+        "prefix_length": branch.prefix_length,
+        **_without_prompt(branch.trajectory),
+    }
+
+
+def _without_prompt(trajectory: Trajectory) -> dict[str, Any]:
+    state = trajectory_to_dict(trajectory)
+    del state["prompt_ids"]
+    return state

@@ -1,0 +1,238 @@
+"""The rollout tree: where to branch, from which prefix, and what everything earned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from appo_lightning.algorithm import (
+    Criterion,
+    branch_candidates,
+    gamma_from_half_life,
+    score_criterion,
+    select_branch_points,
+    tool_boundary_mask,
+)
+from appo_lightning.batching import TraceScores
+from appo_lightning.errors import ConfigurationError
+from appo_lightning.rewards.base import Reward
+from appo_lightning.rollout.loop import Prefix
+from appo_lightning.rollout.seeds import derive_seed
+from appo_lightning.types import Branch, BranchPoint, RolloutTree, Task, Trajectory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass
+class BranchingOptions:
+    """How many rollouts a prompt gets and where they branch.
+
+    Args:
+        num_roots: N, independent rollouts per prompt.
+        num_rollouts: M, rollouts per prompt in all; M - N of them are branches. M = N is GRPO.
+        criterion: what a good place to branch is: "branching_score" (the paper), "entropy", "future_value",
+            "weighted_sum", "random", "tool_boundary".
+        weights: of entropy and future value in "weighted_sum"; unused by the other criteria.
+        scope: "root" gives every root (M - N) / N branches (the paper); "prompt" takes the best M - N of the prompt
+            (the published code).
+        half_life: of the gain's discount, in tokens.
+        clip: half-width of the clip of the future value around 1; 0 turns it off.
+        gain_baseline: what the likelihood gain is measured against: "behaviour" (the paper), the policy that sampled
+            the roots; or "previous", the policy of the previous rollout phase, informative in every mini-batch, at the
+            cost of one more forward pass.
+        noise_floor_multiple: gains below this multiple of the measured numerical difference between sampler and
+            trainer count as zero; where nothing is left, entropy alone chooses.
+        min_remaining: response budget in tokens that must be left after a branch point.
+        keep_token: the branch keeps the token at the branch point (as published); false samples it again.
+    """
+
+    num_roots: int = 8
+    num_rollouts: int = 16
+    criterion: Criterion = "branching_score"
+    weights: tuple[float, float] = (0.5, 0.5)
+    scope: Literal["root", "prompt"] = "root"
+    half_life: float = 64.0
+    clip: float = 0.2
+    gain_baseline: Literal["behaviour", "previous"] = "behaviour"
+    noise_floor_multiple: float = 3.0
+    min_remaining: int = 16
+    keep_token: bool = True
+
+    def __post_init__(self) -> None:
+        if self.num_roots < 1:
+            raise ConfigurationError(f"branching.num_roots must be at least 1, got {self.num_roots}")
+        if self.num_rollouts < self.num_roots:
+            raise ConfigurationError(
+                f"branching.num_rollouts (M, all rollouts of a prompt) must be at least num_roots (N), "
+                f"got M = {self.num_rollouts} < N = {self.num_roots}"
+            )
+        if self.scope == "root" and self.num_branches % self.num_roots:
+            raise ConfigurationError(
+                f"branching.scope = 'root' gives every root the same number of branches: num_rollouts - num_roots = "
+                f"{self.num_branches} must be a multiple of num_roots = {self.num_roots}; or use scope: prompt"
+            )
+        if self.half_life <= 0:
+            raise ConfigurationError(f"branching.half_life must be positive, got {self.half_life}")
+        if not 0 <= self.clip < 1:
+            raise ConfigurationError(f"branching.clip must be in [0, 1), got {self.clip}")
+        if self.noise_floor_multiple < 0:
+            raise ConfigurationError(
+                f"branching.noise_floor_multiple must be at least 0, got {self.noise_floor_multiple}"
+            )
+        if self.min_remaining < 1:
+            raise ConfigurationError(f"branching.min_remaining must be at least 1, got {self.min_remaining}")
+        if self.gain_baseline == "previous" and not (self.num_branches and self.uses_gain):
+            raise ConfigurationError(
+                "branching.gain_baseline = 'previous' has no effect without branches chosen by a criterion that uses "
+                "the gain; remove it"
+            )
+
+    @property
+    def num_branches(self) -> int:
+        """Branches per prompt."""
+        return self.num_rollouts - self.num_roots
+
+    @property
+    def uses_gain(self) -> bool:
+        """Whether the criterion looks at the likelihood gain."""
+        return self.criterion in ("branching_score", "future_value", "weighted_sum")
+
+
+@dataclass(slots=True)
+class BranchPlan:
+    """Where to branch."""
+
+    points: list[list[BranchPoint]]  # per tree; root counts within the tree, position within the response
+    fallback: list[bool]  # per root of all trees: the gain was only noise, entropy alone chose
+
+
+class BlankTokens:
+    """Which token ids are white space only; remembers what it looked up."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._blank: dict[int, bool] = {}
+
+    def __call__(self, token_ids: Tensor) -> Tensor:
+        """Bool tensor of the shape of ``token_ids``."""
+        unique, inverse = token_ids.unique(return_inverse=True)
+        flags = []
+        for token in unique.tolist():
+            if token not in self._blank:
+                self._blank[token] = not str(self._tokenizer.decode([token], skip_special_tokens=True)).strip()
+            flags.append(self._blank[token])
+        return torch.tensor(flags, dtype=torch.bool)[inverse]
+
+
+def plan_branches(
+    trees: Sequence[RolloutTree],
+    current: Sequence[TraceScores],
+    base_logprobs: Sequence[Tensor],
+    options: BranchingOptions,
+    *,
+    noise_floor: float,
+    max_response_tokens: int,
+    is_blank: BlankTokens,
+    seed: int,
+) -> BranchPlan:
+    """Choose the branch points of a mini-batch.
+
+    Args:
+        trees: with their roots.
+        current: per root of all trees, log-probs and entropies of the current policy.
+        base_logprobs: per root, [T] of the policy that the gain is measured against.
+        options: criterion and counts.
+        noise_floor: measured numerical difference between sampler and trainer, nats per token.
+        max_response_tokens: response budget.
+        is_blank: white-space tokens are no branch points.
+        seed: of the random criterion.
+    """
+    roots = [root for tree in trees for root in tree.roots]
+    if options.num_branches == 0 or not roots:
+        return BranchPlan([[] for _ in trees], [False] * len(roots))
+    gain = [score.logprobs - base for score, base in zip(current, base_logprobs, strict=True)]
+    mask = _pad([torch.tensor(root.sampled) for root in roots])
+    scored = score_criterion(
+        options.criterion,
+        _pad([score.entropies for score in current]),
+        _pad(gain),
+        mask,
+        gamma=gamma_from_half_life(options.half_life),
+        clip=options.clip,
+        noise_floor=noise_floor,
+        noise_multiple=options.noise_floor_multiple,
+        weights=options.weights,
+        after_tool=tool_boundary_mask(mask, [[call.output_stop for call in root.tool_calls] for root in roots]),
+        generator=torch.Generator().manual_seed(seed),
+    )
+    candidates = branch_candidates(
+        mask,
+        is_blank(_pad([torch.tensor(root.response_ids) for root in roots])),
+        max_response_tokens=max_response_tokens,
+        min_remaining=options.min_remaining,
+    )
+    tree_of_root = torch.tensor([i for i, tree in enumerate(trees) for _ in tree.roots])
+    per_root = options.num_branches // options.num_roots
+    chosen = select_branch_points(
+        scored.score,
+        scored.entropy_z,
+        scored.future_value_z,
+        candidates,
+        tree_of_root,
+        count=per_root if options.scope == "root" else options.num_branches,
+        scope=options.scope,
+        eligible=scored.eligible,
+    )
+    plan: list[list[BranchPoint]] = [[] for _ in trees]
+    first_root = list(accumulate((len(tree.roots) for tree in trees), initial=0))
+    for point in chosen:
+        tree_index = int(tree_of_root[point.root])
+        plan[tree_index].append(replace(point, root=point.root - first_root[tree_index]))
+    return BranchPlan(plan, scored.fallback.tolist())
+
+
+def _pad(rows: Sequence[Tensor]) -> Tensor:
+    """[B, T] of values per response token, 0 or False behind the end."""
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+
+
+def branch_prefixes(tree: RolloutTree, points: Sequence[BranchPoint], *, keep_token: bool, seed: int) -> list[Prefix]:
+    """The prefixes that branches continue: token ids, and the tool calls whose results lie inside."""
+    prefixes = []
+    for index, point in enumerate(points):
+        root = tree.roots[point.root]
+        length = point.position + (1 if keep_token else 0)
+        prefixes.append(
+            Prefix(
+                task=tree.task,
+                seed=derive_seed(seed, tree.task.id, "branch", index),
+                response_ids=root.response_ids[:length],
+                tool_calls=[call for call in root.tool_calls if call.output_stop <= length],
+            )
+        )
+    return prefixes
+
+
+def attach_branches(
+    tree: RolloutTree, points: Sequence[BranchPoint], prefixes: Sequence[Prefix], trajectories: Sequence[Trajectory]
+) -> None:
+    """Hang the sampled continuations into the tree."""
+    tree.branches = [
+        Branch(point, trajectory, prefix_length=len(prefix.response_ids))
+        for point, prefix, trajectory in zip(points, prefixes, trajectories, strict=True)
+    ]
+
+
+def score_rewards(reward: Reward, task: Task, trajectories: Sequence[Trajectory]) -> None:
+    """Write reward, parts and success into finished trajectories."""
+    for trajectory in trajectories:
+        score = reward.score(task, trajectory.response_text)
+        trajectory.reward = float(score.value)
+        trajectory.reward_parts = dict(score.parts)
+        trajectory.success = bool(score.success)
