@@ -1,0 +1,206 @@
+"""One interpreter: runs source texts one after the other in one namespace, like an interactive console."""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import contextlib
+import fcntl
+import gc
+import io
+import os
+import random
+import signal
+import socket
+import sys
+import tempfile
+import textwrap
+import types
+from typing import Any, NoReturn
+
+import frames
+import limits as limits_module
+
+_CHANNEL, _OUTPUT = 3, 4  # file numbers beside the three standard ones
+_MAX_CODE_BYTES = 1 << 22
+_MAX_ERROR_CHARS = 1000
+_SOURCE = "<python>"
+
+
+def run(channel_fd: int, directory: str, limits: limits_module.Limits, parent: int) -> NoReturn:
+    """Serve calls until the other end closes the channel; never returns into the server's stack.
+
+    Args:
+        channel_fd: stream socket to the trainer.
+        directory: made here; the working directory.
+        limits: what the process may use.
+        parent: process id of the fork server.
+    """
+    os.setpgid(0, 0)
+    _default_signals()
+    os.mkdir(directory, 0o700)
+    os.chdir(directory)
+    _private_environment(directory)
+    _private_files(channel_fd)
+    limits_module.confine(limits, parent)
+    _same_random_numbers_in_every_session()
+    gc.enable()
+    _serve(socket.socket(fileno=_CHANNEL), limits)
+
+
+def _serve(channel: socket.socket, limits: limits_module.Limits) -> NoReturn:
+    this_process = os.getpid()
+    scope = _fresh_main()
+    output = _BoundedOutput(limits.output_bytes)
+    while True:
+        try:
+            request = frames.receive(channel, _MAX_CODE_BYTES)
+        except EOFError:
+            os._exit(0)
+        _allow_cpu(limits.cpu_s)
+        output.start()
+        error = _evaluate(request.payload, scope)
+        if os.getpid() != this_process:
+            # Policy code forked, and this copy came home: only the original answers.
+            os._exit(0)
+        frames.send(channel, frames.OUTPUT, request.number, output.take())
+        frames.send(channel, frames.DONE, request.number, error.encode("utf-8", "replace"))
+
+
+def _evaluate(code: bytes, scope: dict[str, Any]) -> str:
+    """Run a source text; the error as one line, or ""."""
+    try:
+        # In a tag, code is often indented as a whole, or starts with the blank after the tag.
+        source = textwrap.dedent(code.decode("utf-8", "surrogatepass")).strip()
+        tree = ast.parse(source, _SOURCE)
+        # "single" prints the value as the interactive console does.
+        last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+        exec(compile(tree, _SOURCE, "exec", dont_inherit=True), scope)
+        if last is not None:
+            exec(compile(ast.Interactive([last]), _SOURCE, "single", dont_inherit=True), scope)
+    except SystemExit as exit_request:
+        return "" if exit_request.code in (None, 0) else _describe(exit_request)
+    except BaseException as error:
+        return _describe(error)
+    return ""
+
+
+def _describe(error: BaseException) -> str:
+    """The last line of the traceback, as the interpreter would print it."""
+    kind = type(error)
+    name = (
+        kind.__qualname__ if kind.__module__ in ("builtins", "__main__") else f"{kind.__module__}.{kind.__qualname__}"
+    )
+    try:
+        text = str(error)
+    except BaseException:
+        text = "<its text cannot be shown>"
+    line = f"{name}: {text}" if text else name
+    return line if len(line) <= _MAX_ERROR_CHARS else line[:_MAX_ERROR_CHARS] + " …"
+
+
+class _BoundedOutput(io.RawIOBase):
+    """What one call prints, through ``sys.stdout``, ``sys.stderr`` or the files 1 and 2; kept up to a limit.
+
+    Python's own prints stop being stored at the limit; what programs write to the files 1 and 2 is bounded by the
+    limit on file sizes.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._written = 0
+
+    def start(self) -> None:
+        """Begin a call: new streams, because the last call may have closed or replaced them."""
+        self._written = 0
+        sys.displayhook = sys.__displayhook__
+        sys.stdout = sys.__stdout__ = self._stream()  # type: ignore[misc]
+        sys.stderr = sys.__stderr__ = self._stream()  # type: ignore[misc]
+
+    def take(self) -> bytes:
+        """End a call: what was printed."""
+        printed = os.pread(_OUTPUT, self._limit, 0)
+        os.ftruncate(_OUTPUT, 0)
+        return printed
+
+    def _stream(self) -> io.TextIOWrapper:
+        # Written through, so that prints and the output of programs appear in the order they happened.
+        return io.TextIOWrapper(self, encoding="utf-8", errors="backslashreplace", write_through=True)  # type: ignore[arg-type]
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        if (room := self._limit - self._written) > 0:
+            # Programs may have filled the file; it is longer than what is shown, then.
+            with contextlib.suppress(OSError):
+                os.write(_OUTPUT, view[:room])
+        self._written += len(view)
+        return len(view)
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return 1
+
+    def close(self) -> None:
+        pass
+
+
+def _fresh_main() -> dict[str, Any]:
+    main = types.ModuleType("__main__")
+    sys.modules["__main__"] = main
+    main.__builtins__ = builtins  # type: ignore[attr-defined]
+    # Without the site module these two are missing; policies write them by habit.
+    builtins.exit = builtins.quit = sys.exit  # type: ignore[assignment]
+    sys.path.insert(0, "")
+    return vars(main)
+
+
+def _default_signals() -> None:
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _private_environment(directory: str) -> None:
+    os.environ["HOME"] = os.environ["TMPDIR"] = directory
+    os.environ.pop("LD_LIBRARY_PATH", None)
+    tempfile.tempdir = None
+
+
+def _private_files(channel_fd: int) -> None:
+    """Leave open: nothing to read, one file for all output, the channel. The server's files are closed."""
+    output_fd = _unnamed_file()
+    # Appending: after the file is emptied, the next write starts at its beginning.
+    fcntl.fcntl(output_fd, fcntl.F_SETFL, fcntl.fcntl(output_fd, fcntl.F_GETFL) | os.O_APPEND)
+    high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 16) for fd in (channel_fd, output_fd)]
+    os.dup2(high[0], _CHANNEL, inheritable=False)
+    os.dup2(high[1], _OUTPUT, inheritable=False)
+    os.dup2(high[1], 1)
+    os.dup2(high[1], 2)
+    for name in os.listdir("/dev/fd"):
+        if int(name) > _OUTPUT:
+            # One of them was the listing itself.
+            with contextlib.suppress(OSError):
+                os.close(int(name))
+
+
+def _unnamed_file() -> int:
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("output")
+    descriptor, path = tempfile.mkstemp(dir=".")
+    os.unlink(path)
+    return descriptor
+
+
+def _same_random_numbers_in_every_session() -> None:
+    # A branch replays the calls of its prefix and must come to the same values.
+    random.seed(0)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
+
+
+def _allow_cpu(seconds: int) -> None:
+    # Where policy code lowered its own limit, that stays.
+    with contextlib.suppress(OSError, ValueError):
+        limits_module.allow_cpu(seconds)

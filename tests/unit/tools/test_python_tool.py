@@ -1,0 +1,567 @@
+"""PythonTool: what policy code sees, what it cannot break, what is left when it ends."""
+
+import copy
+import gc
+import os
+import pickle
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from appo_lightning.errors import ConfigurationError, ToolFailure
+from appo_lightning.tools.python import PythonTool
+from appo_lightning.types import Task
+
+TASK = Task("task-0", [1], ("x",))
+
+
+@pytest.fixture(scope="module")
+def tool():
+    tool = PythonTool(timeout_s=20)
+    yield tool
+    tool.close()
+
+
+@pytest.fixture
+def session(tool):
+    session = tool.open(TASK)
+    yield session
+    session.close()
+
+
+@pytest.fixture
+def make_tool():
+    tools = []
+
+    def make(**options):
+        tools.append(PythonTool(**options))
+        return tools[-1]
+
+    yield make
+    for tool in tools:
+        tool.close()
+
+
+def failure_of(session, code):
+    with pytest.raises(ToolFailure) as caught:
+        session.call(code)
+    return caught.value
+
+
+def outcome_of(session, code):
+    """The result, or the message of the failure: whichever the policy reads."""
+    try:
+        return session.call(code)
+    except ToolFailure as failure:
+        return str(failure)
+
+
+def wait_until(condition, seconds=10.0):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.01)
+    return condition()
+
+
+def server_pid(tool):
+    return tool._server._running._process.pid
+
+
+def living_members(session_id):
+    """Processes of a kernel session that are not zombies."""
+    members = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text(errors="replace").rpartition(")")[2].split()
+            except OSError:
+                continue
+            if int(fields[3]) == session_id and fields[0] != "Z":
+                members.append(int(entry.name))
+    return members
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+# What code sees
+
+
+@pytest.mark.parametrize(
+    ("code", "result"),
+    [
+        ("print(37 + 52)", "89"),
+        ("1+1", "2"),
+        ("'a'", "'a'"),
+        ("None", ""),
+        ("x = 3", ""),
+        ("", ""),
+        ("# nothing", ""),
+        ("for i in range(3):\n    print(i)", "0\n1\n2"),
+        ("print('a')\n'b'", "a\n'b'"),
+        ("print('wärme 温度')", "wärme 温度"),
+        (" print(5) ", "5"),
+        ("\n    a = 2\n    if a:\n        print(a)\n", "2"),
+        ("import sys; print('out'); print('err', file=sys.stderr)", "out\nerr"),
+        ("import os; _ = os.system('echo shell'); print('after')", "shell\nafter"),
+        ("__name__", "'__main__'"),
+        ("annotated: int = 3; print(__annotations__)", "{'annotated': <class 'int'>}"),
+    ],
+)
+def test_the_result_is_what_was_printed_and_the_last_value(session, code, result):
+    assert session.call(code) == result
+
+
+def test_state_lives_across_the_calls_of_a_session(session):
+    session.call("import math\ndef area(r):\n    return math.pi * r * r\nradius = 2")
+    assert session.call("round(area(radius), 3)") == "12.566"
+    session.call("radius += 1")
+    assert session.call("radius") == "3"
+
+
+def test_sessions_share_no_state(tool, session):
+    session.call("x = 1; open('file', 'w').write('mine')")
+    other = tool.open(TASK)
+    assert str(failure_of(other, "x")) == "NameError: name 'x' is not defined"
+    assert other.call("import os; os.listdir()") == "[]"
+    other.close()
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("1/0", "ZeroDivisionError: division by zero"),
+        ("print('before')\n1/0", "before\nZeroDivisionError: division by zero"),
+        ("x = ", "SyntaxError: invalid syntax (<python>, line 1)"),
+        ("assert False", "AssertionError"),
+        ("raise KeyError('k')", "KeyError: 'k'"),
+        ("class Mine(Exception): pass\nraise Mine('m')", "Mine: m"),
+        ("import decimal; decimal.Decimal('x')", "decimal.InvalidOperation: [<class 'decimal.ConversionSyntax'>]"),
+        ("class Bad(Exception):\n    def __str__(self): 1/0\nraise Bad", "Bad: <its text cannot be shown>"),
+        ("import sys; sys.exit('reason')", "SystemExit: reason"),
+        ("raise KeyboardInterrupt", "KeyboardInterrupt"),
+        ("input()", "EOFError: EOF when reading a line"),
+        ("def f(): f()\nf()", "RecursionError: maximum recursion depth exceeded"),
+    ],
+)
+def test_an_exception_is_the_last_line_of_its_traceback(session, code, message):
+    failure = failure_of(session, code)
+    assert (str(failure), failure.kind) == (message, "error")
+    assert session.call("'alive'") == "'alive'"
+
+
+def test_a_failed_call_keeps_earlier_variables(session):
+    session.call("x = 5")
+    failure_of(session, "y = 6\n1/0")
+    assert session.call("x, y") == "(5, 6)"
+
+
+def test_exit_ends_the_call_and_keeps_the_state(session):
+    session.call("x = 5")
+    assert session.call("print('bye'); exit(); print('unreached')") == "bye"
+    assert session.call("x") == "5"
+
+
+def test_a_long_error_is_cut(session):
+    assert len(str(failure_of(session, "raise ValueError('x' * 10**6)"))) < 1100
+
+
+def test_long_output_is_cut_with_a_notice(make_tool):
+    session = make_tool(max_output_chars=10).open(TASK)
+    assert session.call("print('ä' * 10, end='')") == "ä" * 10
+    assert session.call("print('ä' * 11, end='')") == "ä" * 10 + "\n[output cut after 10 characters]"
+    assert str(failure_of(session, "print('x' * 99)\n1/0")) == (
+        "x" * 10 + "\n[output cut after 10 characters]\nZeroDivisionError: division by zero"
+    )
+    assert session.call("'short'") == "'short'"
+
+
+def test_random_numbers_are_the_same_in_every_session(tool, session):
+    code = "import random; random.random()"
+    other = tool.open(TASK)
+    assert session.call(code) == other.call(code)
+    assert session.call("random.random()") == other.call("random.random()")
+    other.close()
+
+
+def test_sets_of_texts_keep_their_order_from_run_to_run(make_tool):
+    orders = {make_tool().open(TASK).call("set('abcdefgh')") for _ in range(2)}
+    assert len(orders) == 1
+
+
+def test_installed_packages_can_be_imported_or_not(make_tool, session):
+    assert session.call("import numpy; int(numpy.arange(4).sum())") == "6"
+    bare = make_tool(packages=False).open(TASK)
+    assert "ModuleNotFoundError" in str(failure_of(bare, "import numpy"))
+
+
+def test_preloaded_modules_are_there_without_an_import_of_their_own(make_tool):
+    session = make_tool(preload=["fractions"]).open(TASK)
+    assert session.call("import sys; 'fractions' in sys.modules") == "True"
+    assert session.call("fractions = sys.modules['fractions']; fractions.Fraction(1, 3)") == "Fraction(1, 3)"
+
+
+# What code cannot see
+
+
+def test_the_trainer_environment_is_not_inherited(make_tool, monkeypatch):
+    monkeypatch.setenv("SECRET_TOKEN", "hunter2")
+    session = make_tool().open(TASK)
+    environment = session.call("import os; print(dict(os.environ)); print(open('/proc/self/environ').read())")
+    assert "hunter2" not in environment
+    assert "SECRET_TOKEN" not in environment
+
+
+def test_the_trainer_files_are_not_inherited(make_tool, tmp_path):
+    with (tmp_path / "held").open("w") as held:
+        os.set_inheritable(held.fileno(), True)
+        session = make_tool().open(TASK)
+        session.call("1")
+        names = session.call(
+            "import os\nfor fd in sorted(os.listdir('/proc/self/fd'), key=int):\n"
+            "    try: print(fd, os.readlink('/proc/self/fd/' + fd))\n    except OSError: pass"
+        ).splitlines()
+    # Nothing to read, one file of output twice and once more for the interpreter, the channel.
+    assert [line.split()[0] for line in names] == ["0", "1", "2", "3", "4"]
+    assert "held" not in str(names)
+
+
+def test_the_modules_of_the_sandbox_and_of_this_package_are_out_of_sight(session):
+    assert session.call("import sys; [m for m in sys.modules if 'appo' in m or m in ('session', 'frames')]") == "[]"
+    assert "ModuleNotFoundError" in str(failure_of(session, "import frames"))
+
+
+def test_the_working_directory_is_private_and_removed(tool):
+    session = tool.open(TASK)
+    directory = Path(session.call("import os; print(os.getcwd())"))
+    session.call("import os; os.makedirs('deep/er'); open('deep/er/file', 'w').write('x')")
+    assert directory.is_dir()
+    assert session.call("import tempfile; tempfile.gettempdir() == os.getcwd()") == "True"
+    session.close()
+    assert wait_until(lambda: not directory.exists())
+
+
+# Limits
+
+
+def test_a_call_that_takes_too_long_is_killed_and_says_that_the_state_is_lost(make_tool):
+    session = make_tool(timeout_s=0.5).open(TASK)
+    session.call("x = 1")
+    start = time.monotonic()
+    failure = failure_of(session, "while True: pass")
+    assert 0.4 < time.monotonic() - start < 5
+    assert failure.kind == "timeout"
+    assert str(failure) == (
+        "TimeoutError: no result within 0.5 s. The interpreter was restarted: its variables are lost."
+    )
+    assert str(failure_of(session, "x")) == "NameError: name 'x' is not defined"
+
+
+def test_cpu_time_is_limited_call_by_call(make_tool):
+    session = make_tool(timeout_s=30, cpu_s=1).open(TASK)
+    burn = "import time\nend = time.process_time() + 0.7\nwhile time.process_time() < end: pass"
+    for _ in range(2):
+        session.call(burn)
+    start = time.monotonic()
+    failure = failure_of(session, "while True: pass")
+    assert time.monotonic() - start < 15
+    assert failure.kind == "timeout"
+    assert "more than 1 s of CPU time" in str(failure)
+
+
+def test_memory_is_limited(make_tool):
+    session = make_tool(memory_mb=128).open(TASK)
+    assert str(failure_of(session, "x = bytearray(200 << 20)")) == "MemoryError"
+    assert session.call("len(bytearray(32 << 20))") == str(32 << 20)
+
+
+def test_the_size_of_files_is_limited(make_tool):
+    session = make_tool(file_mb=1).open(TASK)
+    assert "File too large" in str(failure_of(session, "open('file', 'wb').write(bytes(2 << 20))"))
+
+
+def test_open_files_are_limited(session):
+    assert "Too many open files" in str(failure_of(session, "files = [open('/dev/null') for _ in range(1000)]"))
+
+
+def test_a_flood_of_output_fills_no_memory(make_tool):
+    session = make_tool(timeout_s=2, memory_mb=256, file_mb=2).open(TASK)
+    assert session.call("for _ in range(200): print('x' * 10**6)").endswith("[output cut after 4000 characters]")
+    assert session.call("import os; os.fstat(1).st_size <= 4 * 4000 + 1") == "True"
+    # Programs write past Python: the limit on file sizes stops them.
+    flooded = session.call("import subprocess; code = subprocess.run(['yes']).returncode; os.fstat(1).st_size, code")
+    assert flooded.endswith("[output cut after 4000 characters]")
+    assert session.call("code != 0") == "True"
+    assert failure_of(session, "while True: print('x' * 1000)").kind == "timeout"
+
+
+def test_new_privileges_and_core_dumps_are_off(session):
+    status = session.call("print(open('/proc/self/status').read())")
+    assert "NoNewPrivs:\t1" in status
+    assert session.call("import resource; resource.getrlimit(resource.RLIMIT_CORE)") == "(0, 0)"
+
+
+# Junk
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "\x00",
+        "print('a\x00b')",
+        "x = '\ud800'",
+        "\udcff",
+        "print('\\ud800')",
+        "print(chr(0))",
+        "(" * 5000,
+        "-" * 50_000 + "1",
+        "import sys; sys.stdout = None; print(1)",
+        "import sys; sys.stdout.close(); sys.stderr.close()",
+        "import sys; sys.stdout = sys.stderr = sys.stdin = 3",
+        "import os; os.close(0); os.close(1); os.close(2)",
+        "del __builtins__",
+        "import sys; sys.modules.clear()",
+        "import builtins; builtins.__dict__.clear()",
+        "import sys; sys.settrace(lambda *a: 1/0)",
+        "import sys; sys.displayhook = None; 1",
+        "raise BaseException",
+        "raise SystemExit(BaseException)",
+        "import signal; signal.raise_signal(signal.SIGINT)",
+        "import os; os.chdir('/')",
+        "import os; os.rmdir(os.getcwd())",
+        "import threading; threading.Thread(target=lambda: 1/0).start()",
+        "import gc; gc.collect()",
+        "import resource; resource.setrlimit(resource.RLIMIT_CPU, (100, 100))",
+        "import os\nif os.fork() == 0: print('copy')",
+        "import os\nif os.fork() == 0: raise SystemExit",
+        "import multiprocessing as m; p = m.get_context('fork').Process(target=print); p.start(); p.join()",
+    ],
+    ids=ascii,
+)
+def test_junk_gives_a_result_and_harms_nobody_else(tool, session, code):
+    session.call("x = 1")
+    vandal = tool.open(TASK)
+    for attempt in (code, code, "print(1 + 1)"):
+        assert isinstance(outcome_of(vandal, attempt), str)
+    vandal.close()
+    assert session.call("x") == "1"
+
+
+@pytest.mark.parametrize(
+    ("code", "how"),
+    [
+        ("import os; os._exit(3)", "exit code 3"),
+        ("import os; os._exit(0)", "exit code 0"),
+        ("import ctypes; ctypes.string_at(0)", "SIGSEGV"),
+        ("import os; os.abort()", "SIGABRT"),
+        ("import os; os.kill(os.getpid(), 9)", "SIGKILL"),
+        ("import os; os.killpg(0, 9)", "SIGKILL"),
+        ("import os; os.execv('/bin/true', ['true'])", "exit code 0"),
+        ("import os; os.closerange(0, 64)", "exit code 1"),
+        ("import os; os.write(3, b'x' * 1000)", "it wrote into its own channel"),
+        ("import os; os.write(3, b'x'); os._exit(0)", "killed from outside"),
+    ],
+)
+def test_an_interpreter_that_dies_is_reported_and_replaced(session, code, how):
+    session.call("x = 1")
+    failure = failure_of(session, code)
+    if how != "killed from outside":
+        assert str(failure) == f"The interpreter ended ({how}) and was restarted: its variables are lost."
+    assert failure.kind == "error"
+    assert str(failure_of(session, "x")) == "NameError: name 'x' is not defined"
+
+
+def test_an_interpreter_that_dies_between_calls_is_reported_by_the_next(session):
+    session.call("import threading, os; threading.Timer(0.05, os._exit, (7,)).start()")
+    time.sleep(0.5)
+    assert "exit code 7" in str(failure_of(session, "x = 1"))
+    assert session.call("1") == "1"
+
+
+def test_deep_recursion_without_python_limit_is_contained(make_tool):
+    session = make_tool(timeout_s=3, memory_mb=128).open(TASK)
+    failure_of(session, "import sys; sys.setrecursionlimit(10**9)\ndef f(): f()\nf()")
+    assert session.call("1") == "1"
+
+
+def test_killing_the_parent_ends_at_most_the_sessions_and_the_next_ones_work(make_tool):
+    tool = make_tool()
+    killer, neighbour = tool.open(TASK), tool.open(TASK)
+    neighbour.call("x = 1")
+    server = server_pid(tool)
+    assert "lost" in str(failure_of(killer, "import os, time; os.kill(os.getppid(), 9); time.sleep(5)"))
+    assert wait_until(lambda: not living_members(server))
+    assert "variables are lost" in str(failure_of(neighbour, "x"))
+    assert neighbour.call("1 + 1") == "2"
+    assert killer.call("2 + 2") == "4"
+    assert server_pid(tool) != server
+
+
+def test_code_that_is_too_long_is_refused(session):
+    failure = failure_of(session, "#" * 1_000_001)
+    assert (failure.kind, "at most 1000000 characters" in str(failure)) == ("malformed", True)
+    assert session.call("#" * 999_000 + "\n5") == "5"
+
+
+# Interrupting and closing
+
+
+def test_interrupt_makes_a_running_call_return_at_once(session):
+    session.call("x = 1")
+    threading.Timer(0.3, session.interrupt).start()
+    start = time.monotonic()
+    failure = failure_of(session, "import time; time.sleep(15)")
+    assert time.monotonic() - start < 5
+    assert failure.kind == "timeout"
+    assert "variables are lost" in str(failure)
+    assert str(failure_of(session, "x")) == "NameError: name 'x' is not defined"
+
+
+def test_interrupt_without_a_running_call_changes_nothing(session):
+    session.call("x = 1")
+    session.interrupt()
+    assert session.call("x") == "1"
+
+
+def test_close_ends_a_running_call_and_is_safe_to_repeat(tool):
+    session = tool.open(TASK)
+    threading.Timer(0.3, session.close).start()
+    assert failure_of(session, "import time; time.sleep(15)").kind == "timeout"
+    session.close()
+    with pytest.raises(RuntimeError, match="closed session"):
+        session.call("1")
+    tool.open(TASK).close()  # never called: no process to end
+
+
+@pytest.mark.parametrize(
+    "start_child",
+    [
+        "import subprocess; child = subprocess.Popen(['sleep', '300']).pid",
+        "import subprocess; child = subprocess.Popen(['sleep', '300'], start_new_session=True).pid",
+        # A daemon: its parent ends, it leads a session of its own.
+        "import os\nread, write = os.pipe()\nif os.fork() == 0:\n    os.setsid()\n    if (pid := os.fork()): "
+        "os.write(write, str(pid).encode()); os._exit(0)\n    os.execv('/bin/sleep', ['sleep', '300'])\n"
+        "child = int(os.read(read, 20))",
+    ],
+    ids=["child", "new session", "daemon"],
+)
+@pytest.mark.parametrize("ending", ["close", "interrupt", "forgotten"])
+def test_what_a_session_started_ends_with_it(tool, start_child, ending):
+    session = tool.open(TASK)
+    session.call(start_child)
+    child, own = int(session.call("child")), int(session.call("import os; os.getpid()"))
+    assert is_running(child)
+    if ending == "close":
+        session.close()
+    elif ending == "interrupt":
+        threading.Timer(0.2, session.interrupt).start()
+        failure_of(session, "import time; time.sleep(15)")
+    else:
+        del session
+        gc.collect()
+    assert wait_until(lambda: not is_running(own) and not is_running(child))
+
+
+def test_closing_the_tool_ends_every_process_and_removes_every_file(make_tool):
+    tool = make_tool()
+    sessions = [tool.open(TASK) for _ in range(4)]
+    for session in sessions:
+        session.call("import subprocess; subprocess.Popen(['sleep', '300'], start_new_session=True); open('f', 'w')")
+    pids = [int(session.call("import os; os.getpid()")) for session in sessions]
+    server, directory = server_pid(tool), Path(tool._server._running.stop.peek()[2][3])
+    assert directory.is_dir()
+    tool.close()
+    tool.close()
+    assert not any(is_running(pid) for pid in [server, *pids])
+    assert not living_members(server)
+    assert not directory.exists()
+
+
+def test_a_closed_tool_starts_again_when_needed(make_tool):
+    tool = make_tool()
+    assert tool.open(TASK).call("1") == "1"
+    tool.close()
+    assert tool.open(TASK).call("2") == "2"
+
+
+def test_nothing_is_started_before_the_first_session():
+    tool = PythonTool()
+    assert tool._server._running is None
+    tool.close()
+
+
+def test_a_copied_tool_has_a_server_of_its_own(make_tool):
+    tool = make_tool(max_output_chars=5)
+    tool.open(TASK).call("1")
+    for twin in (copy.deepcopy(tool), pickle.loads(pickle.dumps(tool))):
+        assert twin.open(TASK).call("'x' * 9") == "'xxxx\n[output cut after 5 characters]"
+        assert server_pid(twin) != server_pid(tool)
+        twin.close()
+
+
+# Many
+
+
+def test_many_threads_run_many_sessions(tool):
+    wrong = []
+
+    def work(number):
+        try:
+            for turn in range(3):
+                session = tool.open(TASK)
+                session.call(f"x = {number}")
+                if session.call(f"x * 100 + {turn}") != str(number * 100 + turn):
+                    wrong.append(number)
+                session.close()
+        except Exception as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(32)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_sessions_leave_no_process_and_no_file_behind(tool):
+    tool.open(TASK).call("1")
+    directory = Path(tool._server._running.stop.peek()[2][3])
+    files_before = len(os.listdir("/proc/self/fd"))
+    for _ in range(50):
+        session = tool.open(TASK)
+        session.call("open('file', 'w').write('x')")
+        session.close()
+    assert wait_until(lambda: living_members(server_pid(tool)) == [server_pid(tool)])
+    assert wait_until(lambda: not list(directory.iterdir()))
+    assert len(os.listdir("/proc/self/fd")) <= files_before + 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"timeout_s": 0},
+        {"timeout_s": float("inf")},
+        {"cpu_s": 0},
+        {"memory_mb": 1},
+        {"max_output_chars": 0},
+        {"file_mb": 0},
+    ],
+)
+def test_options_out_of_range_are_refused(options):
+    with pytest.raises(ConfigurationError, match=f"^{next(iter(options))} must be"):
+        PythonTool(**options)
+
+
+def test_a_module_that_cannot_be_preloaded_stops_the_run(make_tool):
+    tool = make_tool(preload=["no_such_module"])
+    with pytest.raises(ConfigurationError, match=r"cannot import 'no_such_module' .*take it out of preload"):
+        tool.open(TASK)
