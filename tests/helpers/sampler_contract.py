@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,15 +21,6 @@ from helpers.tiny import EOS, perturb, script
 
 # Batched against single, fused against plain kernels: float32 log-probs agree to this many nats.
 TOLERANCE = 1e-4
-
-
-Weights = list[tuple[str, torch.Tensor]]
-MISFITS: list[tuple[Callable[[Weights], Weights], str]] = [
-    (lambda weights: weights[1:], "did not arrive"),
-    (lambda weights: [*weights, weights[0]], "given twice"),
-    (lambda weights: [*weights, ("extra.weight", torch.zeros(2))], "no parameter 'extra.weight'"),
-    (lambda weights: [(weights[0][0], torch.zeros(3, 3)), *weights[1:]], r"must have shape .* got \[3, 3\]"),
-]
 
 
 @dataclass
@@ -215,6 +207,15 @@ class SamplerContract:
             world.push(policy)
         assert_holds(world, policy, requests)
 
+    def test_a_validation_in_inference_mode_leaves_the_sampler_usable(self, world: World) -> None:
+        policy = copy.deepcopy(world.policy)
+        with torch.inference_mode():
+            world.push(policy)
+            generate(world.sampler, some_requests(2, max_tokens=4))
+        perturb(policy, seed=0)
+        world.push(policy)
+        assert_holds(world, policy, some_requests(2))
+
     def test_weights_are_refused_while_requests_are_unfinished(self, world: World) -> None:
         world.sampler.submit(SampleRequest(0, [9, 8, 7], 4, seed=0))
         with pytest.raises(SamplerError, match="1 requests are unfinished"):
@@ -222,18 +223,11 @@ class SamplerContract:
         world.sampler.abort([0])
         world.push(world.policy)
 
-    @pytest.mark.parametrize(("change", "message"), MISFITS)
-    def test_weights_that_do_not_fit_are_refused(
-        self, world: World, change: Callable[[Weights], Weights], message: str
-    ) -> None:
-        with pytest.raises(SamplerError, match=message):
-            world.sampler.load_weights(change(list(world.policy.named_parameters())))
-
     def test_sampling_leaves_global_random_states_alone(self, world: World) -> None:
-        before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+        before = random.getstate(), pickle.dumps(np.random.get_state()), torch.get_rng_state()
         generate(world.sampler, some_requests(3, max_tokens=4))
         assert random.getstate() == before[0]
-        assert np.random.get_state()[1].tolist() == before[1]
+        assert pickle.dumps(np.random.get_state()) == before[1]
         assert torch.equal(torch.get_rng_state(), before[2])
 
     def test_aborted_requests_never_come_back(self, world: World) -> None:

@@ -160,15 +160,35 @@ def parameter_shapes(model: torch.nn.Module) -> tuple[dict[str, torch.Size], set
 
 
 @contextmanager
-def preserved_rng() -> Iterator[None]:
-    """Leave the random states of Python, NumPy and torch (CUDA too, once it is in use) as they were found."""
-    python, numpy, torch_cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+def preserved_torch_rng() -> Iterator[None]:
+    """Leave torch's random states (CUDA's of the current device too, once it is in use) as they were found."""
+    state = torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
     try:
         yield
     finally:
+        torch.set_rng_state(state)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda)
+        elif torch.cuda.is_initialized():
+            # As if CUDA had only now come into use: its generators start from the seed of the restored state.
+            torch.cuda.manual_seed_all(torch.initial_seed())
+
+
+@contextmanager
+def preserved_rng() -> Iterator[None]:
+    """Leave the random states of Python, NumPy and torch as they were found."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with preserved_torch_rng():
+            yield
+    finally:
         random.setstate(python)
         np.random.set_state(numpy)
-        torch.set_rng_state(torch_cpu)
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)
+
+
+@contextmanager
+def ordinary_tensors() -> Iterator[None]:
+    """Make tensors that can be changed later, without gradients, even inside a trainer's ``inference_mode``."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield

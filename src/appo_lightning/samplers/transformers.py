@@ -16,6 +16,7 @@ from appo_lightning.samplers._common import (
     checked_weights,
     find_eos_token_ids,
     finish_reason,
+    ordinary_tensors,
     parameter_shapes,
     preserved_rng,
 )
@@ -62,9 +63,9 @@ class TransformersSampler(Sampler):
         device = self.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        with preserved_rng():
+        with ordinary_tensors(), preserved_rng():
             model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=self.dtype)
-        torch.nn.Module.to(model, device)
+            torch.nn.Module.to(model, device)
         self._model = model.eval().requires_grad_(False)
         self._tokenizer = tokenizer
         self._max_length = max_length
@@ -77,8 +78,9 @@ class TransformersSampler(Sampler):
         if self._waiting:
             raise SamplerError(f"{len(self._waiting)} requests are unfinished: step until done, or abort them")
         parameters = dict(model.named_parameters())
-        for name, tensor in checked_weights(weights, *parameter_shapes(model)):
-            parameters[name].copy_(tensor)
+        with ordinary_tensors():
+            for name, tensor in checked_weights(weights, *parameter_shapes(model)):
+                parameters[name].copy_(tensor)
 
     def submit(self, request: SampleRequest) -> None:
         self._started()

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,22 @@ from helpers.sampler_contract import SamplerContract, World, assert_holds, some_
 from helpers.tiny import EOS, build_tokenizer, perturb, save_tiny
 
 MAX_LENGTH = 256
+Weights = list[tuple[str, torch.Tensor]]
+MISFITS: list[tuple[Callable[[Weights], Weights], str]] = [
+    (lambda weights: weights[1:], "did not arrive"),
+    (lambda weights: [*weights, weights[0]], "given twice"),
+    (lambda weights: [*weights, ("extra.weight", torch.zeros(2))], "no parameter 'extra.weight'"),
+    (lambda weights: [(weights[0][0], torch.zeros(3, 3)), *weights[1:]], r"must have shape .* got \[3, 3\]"),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    # Matrices this small lose ten times more to waiting threads than they win.
+    found = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(found)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +49,8 @@ def tied_world(tmp_path_factory: pytest.TempPathFactory) -> World:
     checkpoint = tmp_path_factory.mktemp("tied")
     policy, tokenizer = save_tiny(checkpoint, tied=True)
     sampler = TransformersSampler(device="cpu")
-    sampler.start(str(checkpoint), tokenizer, max_length=MAX_LENGTH)
+    with torch.inference_mode():  # as `validate` would start it
+        sampler.start(str(checkpoint), tokenizer, max_length=MAX_LENGTH)
     return World(sampler, policy, tokenizer, MAX_LENGTH)
 
 
@@ -46,6 +63,14 @@ class TestTransformersSampler(SamplerContract):
             sampler.submit(request)
         assert [completion.id for completion in sampler.step()] == [0, 1]
         assert [completion.id for completion in sampler.step()] == [2]
+
+
+@pytest.mark.parametrize(("change", "message"), MISFITS)
+def test_weights_that_do_not_fit_are_refused(
+    tied_world: World, change: Callable[[Weights], Weights], message: str
+) -> None:
+    with pytest.raises(SamplerError, match=message):
+        tied_world.sampler.load_weights(change(list(tied_world.policy.named_parameters())))
 
 
 def test_tied_weights_arrive_under_either_name(tied_world: World) -> None:
