@@ -31,7 +31,9 @@ def sample_data(tmp_path_factory) -> Path:
 def _write_chat_rows(directory: Path) -> None:
     directory.mkdir()
     questions = {
-        "train_10k": [("What is $3 \\cdot 4$?", "12", "math"), ("Who wrote Emma?", "Jane Austen", "qa")] * 6,
+        # One row's answer is a blank.
+        "train_10k": [("What is $3 \\cdot 4$?", "12", "math"), ("Who wrote Emma?", "Jane Austen", "qa")] * 6
+        + [("How far is it?", " ", "qa")],
         "valid": [("Who is older, Ada Quill or Ben Rook?", "Ada Quill", "qa"), ("Solve $x-3=1$.", "4", "math")],
         "hard_search_1k": [("who illustrated the first pooh books", "E. H. Shepard", None)] * 4,
     }
