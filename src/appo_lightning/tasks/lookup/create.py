@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from appo_lightning.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from transformers import Qwen3Config
+    from transformers import Qwen3Config, Qwen3ForCausalLM
 
 HEAD_DIM = 32  # the smallest that vLLM's attention kernels accept
 
@@ -40,6 +40,23 @@ def tiny_config(vocabulary_size: int, *, hidden_size: int, num_layers: int, max_
         tie_word_embeddings=True,
         dtype="float32",
     )
+
+
+def _prepare_attention(model: Qwen3ForCausalLM) -> None:
+    """Start every attention layer as a copier: a token looks for tokens like itself, and takes over what it finds.
+
+    ``W_k = W_q`` and ``W_o W_v = I / 4``, after mimetic initialisation (Trockman and Kolter 2023, arXiv 2305.09828),
+    with the signs that serve copying. A small transformer otherwise needs long to discover that it can copy from its
+    context, which is most of what this world asks.
+    """
+    import torch
+
+    with torch.no_grad():
+        for layer in model.model.layers:
+            attention = layer.self_attn
+            attention.k_proj.weight.copy_(attention.q_proj.weight)
+            torch.nn.init.orthogonal_(attention.v_proj.weight, gain=0.5)
+            attention.o_proj.weight.copy_(attention.v_proj.weight.T)
 
 
 def create_tiny_policy(directory: str | Path, seed: int = 0, *, hidden_size: int = 128, num_layers: int = 2) -> Path:
@@ -73,6 +90,7 @@ def create_tiny_policy(directory: str | Path, seed: int = 0, *, hidden_size: int
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen3ForCausalLM(config)
+        _prepare_attention(model)
     model.generation_config = GenerationConfig(
         do_sample=True,
         temperature=1.0,
