@@ -1,9 +1,12 @@
 """PythonTool: what policy code sees, what it cannot break, what is left when it ends."""
 
+import ast
 import copy
 import gc
 import os
 import pickle
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -483,6 +486,24 @@ def test_closing_the_tool_ends_every_process_and_removes_every_file(make_tool):
     assert not any(is_running(pid) for pid in [server, *pids])
     assert not living_members(server)
     assert not directory.exists()
+
+
+def test_nothing_outlives_a_trainer_that_is_killed():
+    program = (
+        "import sys, time\nfrom appo_lightning.tools.python import PythonTool\nfrom appo_lightning.types import Task\n"
+        "tool = PythonTool()\nsession = tool.open(Task('t', [1], ('x',)))\n"
+        'session.call(\'import subprocess; subprocess.Popen(["sleep", "300"], start_new_session=True)\')\n'
+        "running = tool._server._running\n"
+        "print(running._process.pid, session.call('import os; os.getpid(), os.getcwd()'), flush=True)\ntime.sleep(300)"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as trainer:
+        server, _, rest = trainer.stdout.readline().partition(" ")
+        interpreter, directory = ast.literal_eval(rest)
+        assert is_running(int(server))
+        assert is_running(interpreter)
+        trainer.kill()
+    assert wait_until(lambda: not is_running(int(server)) and not is_running(interpreter))
+    assert wait_until(lambda: not Path(directory).parent.exists())
 
 
 def test_a_closed_tool_starts_again_when_needed(make_tool):
