@@ -28,8 +28,7 @@ class ShortErrorParser(LightningArgumentParser):
         hint = self._hint(text)
         if hint:
             sys.stderr.write(f"  did you mean: {hint}?\n")
-        command = " ".join(self.prog.split(" [")[0].split()[-2:])
-        sys.stderr.write(f"  every option: {command} --help\n")
+        sys.stderr.write("  every option: appo fit --help\n")
         self.exit(2)
         raise AssertionError("unreachable")
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Any, Literal
 
+import lightning as L
 import torch
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from appo_lightning.callbacks import (
     AtomicCheckpointIO,
@@ -34,7 +38,6 @@ from appo_lightning.errors import ConfigurationError
 from appo_lightning.module import AppoModule
 from appo_lightning.policy_module import PolicyModule
 from appo_lightning.registry import import_components
-from appo_lightning.sft import DemonstrationDataModule, SFTModule
 
 Stage = Literal["appo", "sft"]
 COMMANDS = ("fit", "validate", "test", "predict")
@@ -56,8 +59,7 @@ class AppoCLI(LightningCLI):
         self._command = command
         import_components()
         super().__init__(
-            AppoModule if stage == "appo" else SFTModule,
-            RolloutDataModule if stage == "appo" else DemonstrationDataModule,
+            *_stage_classes(stage),
             save_config_callback=_SaveConfig,
             save_config_kwargs={"overwrite": True},
             parser_class=ShortErrorParser,
@@ -70,6 +72,8 @@ class AppoCLI(LightningCLI):
             },
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
+            # `--model.optimizer.learning_rat 1` is a mistake, not an abbreviation.
+            parser_kwargs={"allow_abbrev": False, **({command: {"allow_abbrev": False}} if command else {})},
             run=command is not None,
             args=args,
         )
@@ -122,11 +126,16 @@ class AppoCLI(LightningCLI):
         config.trainer.default_root_dir = output
         if config.checkpoint.dirpath is None:
             config.checkpoint.dirpath = os.path.join(output, "checkpoints")
-        if config.trainer.logger in (None, True):
-            config.trainer.logger = _tensorboard(output)
-        plugins = config.trainer.plugins or []
-        config.trainer.plugins = [*(plugins if isinstance(plugins, list) else [plugins]), _plugin(AtomicCheckpointIO)]
         self._check_precision(config.trainer.precision)
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        config = self._get(self.config_init, "trainer")
+        if config.logger in (None, True):
+            # A fixed folder: a resumed run goes on in the same files.
+            kwargs["logger"] = TensorBoardLogger(config.default_root_dir, name="", version="", default_hp_metric=False)
+        plugins = config.plugins or []
+        kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
+        return super().instantiate_trainer(**kwargs)
 
     def _check_precision(self, precision: Any) -> None:
         if str(precision) in ("bf16-true", "16-true", "bf16", "16"):
@@ -155,6 +164,14 @@ class AppoCLI(LightningCLI):
             raise ConfigurationError(f"--ckpt_path: expected a checkpoint file, found no {config.ckpt_path}")
 
 
+def _stage_classes(stage: Stage) -> tuple[type[L.LightningModule], type[L.LightningDataModule]]:
+    if stage == "appo":
+        return AppoModule, RolloutDataModule
+    from appo_lightning.sft import DemonstrationDataModule, SFTModule
+
+    return SFTModule, DemonstrationDataModule
+
+
 def _remove_run(output: Path, checkpoints: Path) -> None:
     """Remove what an earlier run of ours wrote, and nothing else."""
     if not torch.distributed.is_initialized() and int(os.environ.get("LOCAL_RANK", "0")) != 0:
@@ -164,16 +181,6 @@ def _remove_run(output: Path, checkpoints: Path) -> None:
             path.unlink()
     for path in checkpoints.glob("*.ckpt"):
         path.unlink(missing_ok=True)
-
-
-def _tensorboard(output: str) -> Any:
-    from lightning.pytorch.loggers import TensorBoardLogger
-
-    return TensorBoardLogger(output, name="", version="", default_hp_metric=False)
-
-
-def _plugin(cls: type) -> Any:
-    return cls()
 
 
 def find_stage(arguments: list[str]) -> Stage:
@@ -213,6 +220,7 @@ def run(command: str, arguments: list[str]) -> int:
             f"stage 'sft' knows fit only, got {command!r}; evaluate its export with an appo config"
         )
     sys.argv = [sys.argv[0]]  # LightningCLI warns about arguments given twice
+    _quieten_lightning()
     cli: AppoCLI | None = None
     try:
         cli = AppoCLI(stage, command, [command, *arguments])
@@ -220,6 +228,15 @@ def run(command: str, arguments: list[str]) -> int:
         _close(cli)
     stopped = [callback.received for callback in cli.trainer.callbacks if isinstance(callback, GracefulStop)]  # type: ignore[attr-defined]
     return 128 + stopped[0] if stopped and stopped[0] else 0
+
+
+def _quieten_lightning() -> None:
+    """Drop Lightning's advertisements and hints that do not apply to us; its warnings stay."""
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(lambda record: not record.getMessage().startswith(("💡", "TPU available")))
+    # The policy is built in evaluation mode by transformers; dropout is no part of it.
+    warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode at the start of training.*")
+    warnings.filterwarnings("ignore", message=r".*treespec, LeafSpec.*")
 
 
 def _close(cli: AppoCLI | None) -> None:
