@@ -92,6 +92,11 @@ class CausalPolicy(nn.Module):
         # The hidden state at t-1 predicts token t.
         rows, columns = mask[:, 1:].nonzero(as_tuple=True)
         head = model.get_output_embeddings()
+        out = hidden.new_zeros((batch, width), dtype=torch.float32)
+        if len(rows) == 0:
+            # Nothing to score, but every weight takes part: DDP and FSDP2 wait for the gradients of all of them.
+            unused, _ = _score_tokens(head, hidden[:1, 0], token_ids[:1, 0], temperature, False)
+            return out + 0.0 * unused.sum(), out if with_entropy else None
         targets = token_ids[rows, columns + 1]
         selected = hidden[rows, columns]  # [n, D]
         logprobs, entropies = [], []
@@ -107,11 +112,8 @@ class CausalPolicy(nn.Module):
             logprobs.append(logprob)
             entropies.append(entropy)
         index = (rows, columns + 1)
-        out = selected.new_zeros((batch, width), dtype=torch.float32)
-        scored = out.index_put(index, torch.cat(logprobs)) if logprobs else out + 0.0 * selected.float().sum()
-        if not with_entropy:
-            return scored, None
-        return scored, out.index_put(index, torch.cat(entropies)) if entropies else out
+        scored = out.index_put(index, torch.cat(logprobs))
+        return scored, out.index_put(index, torch.cat(entropies)) if with_entropy else None
 
     def score(
         self,
@@ -191,7 +193,7 @@ class CausalPolicy(nn.Module):
         elif self.options.lora is not None:
             # A fresh module: the live one carries adapters in its module tree.
             with torch.device("meta"):
-                model = type(model)(model.config)
+                model = type(model)(model.config).to(model.dtype)  # the config file names the dtype
         model.save_pretrained(str(directory), state_dict={name: w.cpu() for name, w in weights.items()})
         if self.options.lora is not None and model is not self.model and model.generation_config is not None:
             self._causal_lm.generation_config.save_pretrained(str(directory))
@@ -266,9 +268,27 @@ def _with_adapters(model: nn.Module, options: PolicyOptions) -> nn.Module:
         # Frozen embeddings give no gradient to the first checkpointed block otherwise.
         model.enable_input_require_grads()  # type: ignore[operator]
     try:
-        return get_peft_model(model, config)
+        adapted = get_peft_model(model, config)
     except ValueError as error:
         raise ConfigurationError(f"policy.lora: {_first_line(error)}") from error
+    _require_linear(adapted)
+    return adapted
+
+
+def _require_linear(model: Any) -> None:
+    head = model.get_base_model().get_output_embeddings()
+    tied = model.get_base_model().config.tie_word_embeddings
+    for name, layer in _adapted_modules(model).items():
+        if not isinstance(layer.get_base_layer(), nn.Linear):
+            raise ConfigurationError(
+                f"policy.lora.target_modules: adapters fit linear modules, {_transformers_name(name)} is a "
+                f"{type(layer.get_base_layer()).__name__}; leave it out"
+            )
+        if layer is head and tied:
+            raise ConfigurationError(
+                f"policy.lora.target_modules: {_transformers_name(name)} is tied to the embedding, which an adapter "
+                "on it would change too; leave it out"
+            )
 
 
 def _adapted_modules(model: nn.Module) -> dict[str, Any]:

@@ -58,6 +58,7 @@ class PolicySnapshot:
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over what ``state_dict`` gave, cut to this rank's shards."""
+        self._policy.release_gathered()
         for name, parameter in self._policy.trainable():
             whole = state[name]
             if isinstance(parameter, DTensor):
