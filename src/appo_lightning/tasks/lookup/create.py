@@ -36,26 +36,26 @@ def tiny_config(vocabulary_size: int, *, hidden_size: int, num_layers: int, max_
         num_key_value_heads=heads,
         head_dim=HEAD_DIM,
         max_position_embeddings=max_length,
-        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        # Rotations fast enough to tell the neighbours of a token apart in sequences of a hundred tokens.
+        rope_parameters={"rope_type": "default", "rope_theta": 1_000.0},
         tie_word_embeddings=True,
         dtype="float32",
     )
 
 
 def _prepare_attention(model: Qwen3ForCausalLM) -> None:
-    """Start every attention layer as a copier: a token looks for tokens like itself, and takes over what it finds.
+    """Start every attention layer as a copier: what a token attends to, it takes over.
 
-    ``W_k = W_q`` and ``W_o W_v = I / 4``, after mimetic initialisation (Trockman and Kolter 2023, arXiv 2305.09828),
-    with the signs that serve copying. A small transformer otherwise needs long to discover that it can copy from its
-    context, which is most of what this world asks.
+    ``W_o W_v = I / 16``, one half of mimetic initialisation (Trockman and Kolter 2023, arXiv 2305.09828) with the sign
+    that serves copying. A small transformer otherwise needs long to discover that it can copy from its context, which
+    is most of what this world asks.
     """
     import torch
 
     with torch.no_grad():
         for layer in model.model.layers:
             attention = layer.self_attn
-            attention.k_proj.weight.copy_(attention.q_proj.weight)
-            torch.nn.init.orthogonal_(attention.v_proj.weight, gain=0.5)
+            torch.nn.init.orthogonal_(attention.v_proj.weight, gain=0.25)
             attention.o_proj.weight.copy_(attention.v_proj.weight.T)
 
 
@@ -104,12 +104,15 @@ def create_tiny_policy(directory: str | Path, seed: int = 0, *, hidden_size: int
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of ``python -m appo_lightning.tasks.lookup.create``."""
+    from transformers.utils import logging as transformers_logging
+
     parser = argparse.ArgumentParser(description="Create the tiny policy of the quick start, untrained.")
     parser.add_argument("--output", required=True, help="directory of the new checkpoint")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights (default 0)")
     parser.add_argument("--hidden-size", type=int, default=128, help="width, a multiple of 32 (default 128)")
     parser.add_argument("--num-layers", type=int, default=2, help="decoder layers (default 2)")
     options = parser.parse_args(arguments)
+    transformers_logging.disable_progress_bar()
     path = create_tiny_policy(
         options.output, options.seed, hidden_size=options.hidden_size, num_layers=options.num_layers
     )
