@@ -12,12 +12,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from appo_lightning.errors import ConfigurationError, ToolFailure
-from appo_lightning.rollout.parsing import ParsedCall, ResultEncoder, parse_call, stop_strings
+from appo_lightning.errors import AppoError, ConfigurationError
+from appo_lightning.rollout.parsing import ResultEncoder, parse_call, stop_strings
 from appo_lightning.rollout.seeds import derive_seed
+from appo_lightning.rollout.sessions import EpisodeSession, calls_to_replay
 from appo_lightning.rollout.toolpool import ToolOutcome, ToolPool
 from appo_lightning.samplers.base import Completion, Sampler, SampleRequest
-from appo_lightning.tools.base import Tool, ToolSession
+from appo_lightning.tools.base import Tool
 from appo_lightning.types import StopReason, Task, ToolCall, ToolError, Trajectory
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ class RolloutLimits:
     Args:
         max_prompt_tokens: longest prompt; a longer one is an error.
         max_response_tokens: sampled tokens and tool results together.
-        max_tool_calls: calls per trajectory. One call more is answered with a note; a second one ends the rollout.
+        max_tool_calls: calls per trajectory, malformed ones too. One call more is answered with a note; a second one
+            ends the rollout.
         max_result_tokens: longest tool result; the rest is cut.
         tool_workers: tool calls that run at the same time.
         temperature: of sampling; log-probs are taken at the same temperature.
@@ -102,9 +104,8 @@ class RolloutLoop:
         self._tools = {tool.name: tool for tool in tools}
         if len(self._tools) < len(tools):
             raise ConfigurationError(f"tool names must differ, got {[tool.name for tool in tools]}")
-        self._names = tuple(self._tools)
-        self._stop = stop_strings(self._names)
-        self._encoder = ResultEncoder(tokenizer, self._names)
+        self._encoder = ResultEncoder(tokenizer, self._tools)
+        self._warm: set[str] = set()  # tools that were opened once
         self.statistics = LoopStatistics()
 
     def run(
@@ -123,6 +124,9 @@ class RolloutLoop:
 
         Returns:
             Trajectories in the order of the prefixes.
+
+        Raises:
+            AppoError: the sampler failed, or a tool cannot work at all. No request or session stays open.
         """
         started = time.monotonic()
         episodes = [_Episode(prefix, index) for index, prefix in enumerate(prefixes)]
@@ -134,6 +138,7 @@ class RolloutLoop:
             nonlocal finished
             self._advance(episode, pool, generating)
             if episode.stop_reason is not None:
+                episode.close()
                 finished += 1
                 if progress is not None:
                     progress(finished, len(episodes))
@@ -142,20 +147,19 @@ class RolloutLoop:
             for episode in episodes:
                 advance(episode)
             while generating or len(pool):
-                waiting_since = time.monotonic()
-                for outcome in pool.poll(block=not generating):
+                for outcome in self._tool_outcomes(pool, wait=not generating):
                     self._absorb_result(outcome)
                     advance(outcome.key)
-                if not generating:
-                    self.statistics.waiting_seconds += time.monotonic() - waiting_since
-                    continue
-                for completion in self._sampler.step():
+                for completion in self._sampler.step() if generating else ():
                     episode = generating.pop(completion.id)
                     self._absorb_tokens(episode, completion)
                     advance(episode)
+        except BaseException:
+            with suppress(Exception):  # an engine that broke may not even abort; what broke it is the error to tell
+                self._sampler.abort(list(generating))
+            raise
         finally:
             pool.abandon()
-            self._sampler.abort(list(generating))
             for episode in episodes:
                 episode.close()
         self.statistics.seconds += time.monotonic() - started
@@ -171,39 +175,35 @@ class RolloutLoop:
     def _advance(self, episode: _Episode, pool: ToolPool[_Episode], generating: dict[int, _Episode]) -> None:
         """Take the next step of an episode: call a tool, sample on, or finish."""
         while episode.stop_reason is None:
-            call = self._pending_call(episode)
+            if episode.finish == "eos":
+                episode.stop_reason = "eos"
+                return
+            if self._room(episode) < 1:
+                episode.stop_reason = "length"
+                return
+            turn = str(self._tokenizer.decode(episode.response_ids[episode.turn_start :]))
+            call = parse_call(turn, self._tools)
             if call is None:
-                if episode.finish in ("eos", "length"):
-                    episode.stop_reason = "eos" if episode.finish == "eos" else "length"
-                elif self._room(episode) < 1:
-                    episode.stop_reason = "length"
-                else:
-                    self._sampler.submit(self._request(episode))
-                    generating[episode.index] = episode
+                self._sampler.submit(self._request(episode, turn))
+                generating[episode.index] = episode
+                return
+            if len(episode.tool_calls) >= self._limits.max_tool_calls:
+                if any(previous.error == "limit" for previous in episode.tool_calls):
+                    episode.stop_reason = "call_limit"
                     return
+                note = f"no tool calls left (limit {self._limits.max_tool_calls}); answer now"
+                self._append_result(episode, call.name, call.argument or "", note, "limit", 0.0)
             elif call.argument is None:
                 note = f"malformed call: </{call.name}> without <{call.name}>"
                 self._append_result(episode, call.name, "", note, "malformed", 0.0)
-            elif len(episode.tool_calls) >= self._limits.max_tool_calls:
-                if any(previous.error == "limit" for previous in episode.tool_calls):
-                    episode.stop_reason = "call_limit"
-                else:
-                    note = f"no tool calls left (limit {self._limits.max_tool_calls}); answer now"
-                    self._append_result(episode, call.name, call.argument, note, "limit", 0.0)
             else:
                 self._start_call(episode, call.name, call.argument, pool)
                 return
 
-    def _pending_call(self, episode: _Episode) -> ParsedCall | None:
-        if episode.finish == "stop" or episode.finish is None:
-            turn = self._tokenizer.decode(episode.response_ids[episode.turn_start :])
-            return parse_call(str(turn), self._names)
-        return None
-
     def _room(self, episode: _Episode) -> int:
         return self._limits.max_response_tokens - len(episode.response_ids)
 
-    def _request(self, episode: _Episode) -> SampleRequest:
+    def _request(self, episode: _Episode, turn: str) -> SampleRequest:
         episode.turn += 1
         return SampleRequest(
             id=episode.index,
@@ -213,7 +213,7 @@ class RolloutLoop:
             temperature=self._limits.temperature,
             top_p=self._limits.top_p,
             top_k=self._limits.top_k,
-            stop=self._stop,
+            stop=stop_strings(self._tools, turn),
         )
 
     def _absorb_tokens(self, episode: _Episode, completion: Completion) -> None:
@@ -229,31 +229,47 @@ class RolloutLoop:
 
     def _start_call(self, episode: _Episode, name: str, argument: str, pool: ToolPool[_Episode]) -> None:
         tool = self._tools[name]
+        if name not in self._warm:
+            self._warm_up(tool, episode.prefix.task)
+        session = episode.session(tool)
         episode.pending = (name, argument)
-        replays = 0
-        if tool.stateful and name not in episode.sessions and name not in episode.lost:
-            replays = len(episode.calls_to_replay(name))
         pool.submit(
             episode,
-            lambda: episode.call(tool, argument),
-            interrupt=lambda: episode.interrupt(name),
-            # A branch first repeats the calls of its prefix, each within the same limit.
-            timeout_s=tool.timeout_s * (1 + replays),
+            lambda: session.call(argument),
+            interrupt=session.interrupt,
+            timeout_s=session.timeout_s,
         )
+
+    def _warm_up(self, tool: Tool, task: Task) -> None:
+        """Open a first session, which may start a server or read a file: no call should pay for that with its time."""
+        self._warm.add(tool.name)
+        try:
+            tool.open(task).close()
+        except AppoError:
+            raise
+        except Exception:  # the call itself will meet it and tell the policy
+            return
+
+    def _tool_outcomes(self, pool: ToolPool[_Episode], *, wait: bool) -> list[ToolOutcome[_Episode]]:
+        started = time.monotonic()
+        outcomes = pool.poll(block=wait)
+        if wait:
+            self.statistics.waiting_seconds += time.monotonic() - started
+        return outcomes
 
     def _absorb_result(self, outcome: ToolOutcome[_Episode]) -> None:
         episode = outcome.key
         assert episode.pending is not None
         name, argument = episode.pending
         episode.pending = None
-        if outcome.abandoned:
-            episode.abandon_session(name)
         text = outcome.text.strip()
         error: ToolError | None = None
         if outcome.failure is not None:
             kind = outcome.failure.kind
             error = kind if kind in ("timeout", "malformed") else "error"  # type: ignore[assignment]
             text = f"{error}: {text}" if error != "error" else text or "error"
+            if error == "timeout":
+                episode.give_up_session(name)
         elif not text:
             error, text = "empty", "no result"
         self.statistics.tool_calls += 1
@@ -263,9 +279,11 @@ class RolloutLoop:
     def _append_result(
         self, episode: _Episode, name: str, argument: str, text: str, error: ToolError | None, seconds: float
     ) -> None:
-        ids, shown = self._encoder.encode(text, self._limits.max_result_tokens)
+        room = self._room(episode)
+        body = min(self._limits.max_result_tokens, max(0, room - self._encoder.num_tag_tokens))
+        ids, shown = self._encoder.encode(text, body)
+        ids = ids[:room]
         start = len(episode.response_ids)
-        ids = ids[: max(0, self._room(episode))]
         episode.response_ids += ids
         episode.sampled += [False] * len(ids)
         episode.logprobs += [0.0] * len(ids)
@@ -312,46 +330,23 @@ class _Episode:
         self.finish: str | None = None
         self.stop_reason: StopReason | None = None
         self.pending: tuple[str, str] | None = None
-        self.sessions: dict[str, ToolSession] = {}
-        self.abandoned: list[ToolSession] = []
-        self.lost: set[str] = set()  # stateful tools whose state is gone
+        self._sessions: dict[str, EpisodeSession] = {}
+        self._given_up: set[str] = set()  # tools whose state is lost
 
-    def call(self, tool: Tool, argument: str) -> str:
-        """Answer a call in this trajectory's own session; runs in a tool thread."""
-        session = self.sessions.get(tool.name)
-        if session is None:
-            session = self.sessions[tool.name] = tool.open(self.prefix.task)
-            if tool.stateful and tool.name not in self.lost:
-                self._replay(session, tool.name)
-        return session.call(argument)
+    def session(self, tool: Tool) -> EpisodeSession:
+        """This trajectory's own session of a tool."""
+        if tool.name not in self._sessions:
+            replay: list[ToolCall] = []
+            if tool.stateful and tool.name not in self._given_up:
+                replay = calls_to_replay(self.prefix.tool_calls, tool.name)
+            self._sessions[tool.name] = EpisodeSession(tool, self.prefix.task, replay)
+        return self._sessions[tool.name]
 
-    def calls_to_replay(self, name: str) -> list[ToolCall]:
-        """The prefix's calls that made the state at the branch point: those since state was last lost."""
-        calls: list[ToolCall] = []
-        for call in self.prefix.tool_calls:
-            if call.name != name or call.error in ("limit", "malformed"):
-                continue
-            calls = [] if call.error == "timeout" else [*calls, call]
-        return calls
-
-    def _replay(self, session: ToolSession, name: str) -> None:
-        for call in self.calls_to_replay(name):
-            # A call that raised in the root raises here too, and leaves the same state behind.
-            with suppress(ToolFailure):
-                session.call(call.argument)
-
-    def interrupt(self, name: str) -> None:
-        session = self.sessions.get(name)
-        if session is not None:
-            session.interrupt()
-
-    def abandon_session(self, name: str) -> None:
-        """Never use a session again whose call was given up; it is closed with the rest."""
-        self.lost.add(name)
-        session = self.sessions.pop(name, None)
-        if session is not None:
-            self.abandoned.append(session)
+    def give_up_session(self, name: str) -> None:
+        """The next call gets a new session, with no state."""
+        self._given_up.add(name)
+        self._sessions.pop(name).close()
 
     def close(self) -> None:
-        for session in [*self.sessions.values(), *self.abandoned]:
-            session.close()
+        while self._sessions:
+            self._sessions.popitem()[1].close()

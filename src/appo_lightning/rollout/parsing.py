@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 CONTROL_TAGS = ("think", "search", "python", "result", "answer")
 RESULT_OPEN, RESULT_CLOSE = "<result>", "</result>"
+_MAX_CHARS_PER_TOKEN = 64  # text beyond it is not even tokenised: a tool may answer with megabytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,30 +26,33 @@ class ParsedCall:
     argument: str | None  # None: the closing tag has no opening tag in this turn
 
 
-def stop_strings(tool_names: Iterable[str]) -> tuple[str, ...]:
-    """The closing tags that end a turn."""
-    return tuple(f"</{name}>" for name in tool_names)
+def stop_strings(tool_names: Iterable[str], turn: str = "") -> tuple[str, ...]:
+    """What ends a turn: the closing tags.
+
+    Args:
+        tool_names: the tools at hand.
+        turn: text of the turn so far. A tag that it has begun (a branch may start inside one) is completed by the
+            rest of the tag, which samplers look for in new tokens only. The rest may also occur elsewhere; the turn
+            then goes on, because it holds no call.
+    """
+    tags = [f"</{name}>" for name in tool_names]
+    rests = [tag[length:] for tag in tags for length in range(1, len(tag)) if turn.endswith(tag[:length])]
+    return tuple(dict.fromkeys([*tags, *rests]))
 
 
-def parse_call(turn: str, tool_names: Sequence[str]) -> ParsedCall | None:
+def parse_call(turn: str, tool_names: Iterable[str]) -> ParsedCall | None:
     """The tool call that ends a turn, if one does.
 
     Args:
-        turn: text sampled since the last tool result. Generation stops at a closing tag, so a call is at the very
-            end; a token that completes the tag may carry white space after it.
+        turn: text sampled since the last tool result. Generation stops at a closing tag, so there is at most one; the
+            token that completes it may carry more text behind it (a line break, ``</``), which is no part of the call.
         tool_names: the tools at hand.
     """
-    text = turn.rstrip()
-    for name in tool_names:
-        if text.endswith(f"</{name}>"):
-            _, opening, argument = text[: -len(f"</{name}>")].rpartition(f"<{name}>")
-            return ParsedCall(name, argument.strip() if opening else None)
-    return None
-
-
-def render_result(text: str) -> str:
-    """A tool result as the policy sees it."""
-    return f"{RESULT_OPEN}{text}{RESULT_CLOSE}"
+    stop, name = max(((turn.rfind(f"</{name}>"), name) for name in tool_names), default=(-1, ""))
+    if stop < 0:
+        return None
+    _, opening, argument = turn[:stop].rpartition(f"<{name}>")
+    return ParsedCall(name, argument.strip() if opening else None)
 
 
 class ResultEncoder:
@@ -62,17 +66,20 @@ class ResultEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, tool_names: Iterable[str]) -> None:
         self._tokenizer = tokenizer
         tags = dict.fromkeys([*CONTROL_TAGS, *tool_names])
-        marks = {mark for tag in tags for mark in (f"<{tag}>", f"</{tag}>")}
-        added = tokenizer.get_added_vocab()
+        # Some vocabularies add runs of spaces as tokens: they control nothing.
+        added = {text: token for text, token in tokenizer.get_added_vocab().items() if text.strip()}
         self._control_ids = frozenset(added.values()) | frozenset(tokenizer.all_special_ids)
-        texts = marks | set(added) | set(tokenizer.all_special_tokens)
+        texts = {mark for tag in tags for mark in (f"<{tag}>", f"</{tag}>")} | set(added)
         self._control_text = re.compile("|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)))
         self._open = tokenizer.encode(RESULT_OPEN, add_special_tokens=False)
         self._close = tokenizer.encode(RESULT_CLOSE, add_special_tokens=False)
+        self.num_tag_tokens = len(self._open) + len(self._close)
 
     def defuse(self, text: str) -> str:
         """The text with a space inside everything that looks like a control tag or special token."""
-        while self._control_text.search(text):
+        for _ in range(8):  # breaking one mark can only form another from what the vocabulary makes of spaces
+            if not self._control_text.search(text):
+                break
             text = self._control_text.sub(lambda match: _broken(match.group()), text)
         return text
 
@@ -83,18 +90,28 @@ class ResultEncoder:
             text: what the tool answered.
             max_tokens: longest result without the tags; longer ones are cut.
         """
-        shown = self.defuse(text)
-        body = self._encode_body(shown)
+        body = self._encode_body(text[: _MAX_CHARS_PER_TOKEN * max_tokens])
         if len(body) > max_tokens:
-            shown = str(self._tokenizer.decode(body[:max_tokens]))
-            # A cut inside a character or a pre-token may decode to something else: encode what is shown.
-            body = self._encode_body(self.defuse(shown))[:max_tokens]
-        return [*self._open, *body, *self._close], shown
+            body = self._cut(body, max_tokens)
+        return [*self._open, *body, *self._close], str(self._tokenizer.decode(body))
 
     def _encode_body(self, text: str) -> list[int]:
-        ids = self._tokenizer.encode(text, add_special_tokens=False)
-        # A tokenizer that normalises text may still fold something into a control token.
-        return [token for token in ids if token not in self._control_ids]
+        text = text.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair cannot be tokenised
+        # A tokenizer that normalises text may still fold something into a control token, or its neighbours into a tag.
+        for _ in range(8):
+            ids = self._tokenizer.encode(self.defuse(text), add_special_tokens=False)
+            ids = [token for token in ids if token not in self._control_ids]
+            text = str(self._tokenizer.decode(ids))
+            if not self._control_text.search(text):
+                return ids
+        return []
+
+    def _cut(self, ids: list[int], length: int) -> list[int]:
+        """The first tokens, without the beginning of a character (at most three bytes) that the cut left behind."""
+        for stop in range(length, max(length - 4, 0), -1):
+            if not str(self._tokenizer.decode(ids[:stop])).endswith("\ufffd"):
+                return ids[:stop]
+        return ids[:length]
 
 
 def _broken(mark: str) -> str:

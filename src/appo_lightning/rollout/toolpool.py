@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from appo_lightning.errors import ToolFailure
+from appo_lightning.errors import AppoError, ToolFailure
 
 K = TypeVar("K")
+_LONGEST_WAIT_S = 60.0  # a queue cannot wait for ever with a time limit of infinity
 
 
 @dataclass(slots=True)
@@ -23,7 +26,6 @@ class ToolOutcome(Generic[K]):
     text: str
     failure: ToolFailure | None
     seconds: float
-    abandoned: bool = False  # the call may still be running: do not use its session again
 
 
 @dataclass(slots=True)
@@ -33,8 +35,6 @@ class _Call(Generic[K]):
     interrupt: Callable[[], None]
     timeout_s: float
     started: float = 0.0
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    settled: bool = False
 
 
 class ToolPool(Generic[K]):
@@ -42,6 +42,7 @@ class ToolPool(Generic[K]):
 
     A call that outlives its limit is interrupted and given up: its trajectory goes on with a time-out result, its slot
     is freed, and whatever it returns later is dropped. So a hung tool costs its own trajectory its own limit, no more.
+    The thread that polls decides alone how a call ended: workers only hand in answers.
 
     Args:
         workers: calls that run at the same time.
@@ -49,9 +50,10 @@ class ToolPool(Generic[K]):
 
     def __init__(self, workers: int) -> None:
         self._workers = workers
+        self._numbers = itertools.count()
         self._waiting: deque[_Call[K]] = deque()
         self._running: dict[int, _Call[K]] = {}
-        self._done: queue.SimpleQueue[ToolOutcome[K]] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[tuple[int, ToolOutcome[K] | AppoError]] = queue.SimpleQueue()
 
     def __len__(self) -> int:
         """Calls submitted and not yet returned by ``poll``."""
@@ -67,86 +69,84 @@ class ToolPool(Generic[K]):
 
         Args:
             block: wait until at least one ends (or none is left).
+
+        Raises:
+            AppoError: a call raised it: the tool cannot work at all.
         """
-        outcomes: list[ToolOutcome[K]] = []
+        wait_s = 0.0
         while True:
-            self._expire()
-            wait_s = self._seconds_to_next_deadline() if block and not outcomes and len(self) else 0.0
-            try:
-                while True:
-                    outcomes.append(self._done.get(timeout=wait_s) if wait_s > 0 else self._done.get_nowait())
-                    wait_s = 0.0
-            except queue.Empty:
-                pass
-            if self._reap():
-                self._start_waiting()
-            if outcomes or not block or not len(self):
+            outcomes = self._answered(wait_s) + self._expired()
+            self._start_waiting()
+            if outcomes or not block or not self._running:
                 return outcomes
+            wait_s = self._seconds_to_next_deadline()
 
     def abandon(self) -> None:
         """Give up everything: for the end of an interrupted run."""
         self._waiting.clear()
-        for call in list(self._running.values()):
-            self._settle(call, None)
-            _interrupt_quietly(call)
+        for call in self._running.values():
+            _interrupt_aside(call)
         self._running.clear()
 
     def _start_waiting(self) -> None:
         while self._waiting and len(self._running) < self._workers:
-            call = self._waiting.popleft()
+            number, call = next(self._numbers), self._waiting.popleft()
             call.started = time.monotonic()
-            self._running[id(call)] = call
-            threading.Thread(target=self._work, args=(call,), daemon=True, name="appo-tool").start()
+            self._running[number] = call
+            threading.Thread(target=self._work, args=(number, call), daemon=True, name="appo-tool").start()
 
-    def _work(self, call: _Call[K]) -> None:
+    def _work(self, number: int, call: _Call[K]) -> None:
         text, failure = "", None
         try:
             text = call.run()
+            if not isinstance(text, str):
+                raise TypeError(f"a tool must answer with text, got {type(text).__name__}")
         except ToolFailure as error:
             text, failure = str(error), error
-        except Exception as error:  # a user's tool may raise anything; the policy reads it, the run goes on
+        except AppoError as error:  # not this call but the tool is broken: the run must stop
+            self._answers.put((number, error))
+            return
+        except BaseException as error:  # a user's tool may raise anything, SystemExit too; the policy reads it
             failure = ToolFailure(f"{type(error).__name__}: {error}")
             text = str(failure)
-        self._settle(call, ToolOutcome(call.key, text, failure, time.monotonic() - call.started))
+        self._answers.put((number, ToolOutcome(call.key, text, failure, time.monotonic() - call.started)))
 
-    def _settle(self, call: _Call[K], outcome: ToolOutcome[K] | None) -> bool:
-        """Exactly one of the worker and the clock may end a call."""
-        with call.lock:
-            if call.settled:
-                return False
-            call.settled = True
-            if outcome is not None:
-                self._done.put(outcome)
-            return True
+    def _answered(self, wait_s: float) -> list[ToolOutcome[K]]:
+        """Answers handed in, but for those of calls given up; waits for the first."""
+        outcomes = []
+        with suppress(queue.Empty):
+            while True:
+                number, answer = self._answers.get(timeout=wait_s) if wait_s > 0 else self._answers.get_nowait()
+                wait_s = 0.0
+                if self._running.pop(number, None) is None:
+                    continue
+                if isinstance(answer, AppoError):
+                    raise answer
+                outcomes.append(answer)
+        return outcomes
 
-    def _expire(self) -> None:
+    def _expired(self) -> list[ToolOutcome[K]]:
+        """Give up the calls whose time is over."""
+        outcomes = []
         now = time.monotonic()
-        for call in list(self._running.values()):
-            if now - call.started < call.timeout_s or call.settled:
-                continue
-            failure = ToolFailure(f"no answer within {call.timeout_s:g} seconds", kind="timeout")
-            if self._settle(call, ToolOutcome(call.key, str(failure), failure, now - call.started, abandoned=True)):
-                _interrupt_quietly(call)
-
-    def _reap(self) -> bool:
-        ended = [ident for ident, call in self._running.items() if call.settled]
-        for ident in ended:
-            del self._running[ident]
-        return bool(ended)
+        for number, call in list(self._running.items()):
+            if now - call.started >= call.timeout_s:
+                del self._running[number]
+                _interrupt_aside(call)
+                failure = ToolFailure(f"no answer within {call.timeout_s:g} seconds", kind="timeout")
+                outcomes.append(ToolOutcome(call.key, str(failure), failure, now - call.started))
+        return outcomes
 
     def _seconds_to_next_deadline(self) -> float:
-        now = time.monotonic()
-        left = [call.started + call.timeout_s - now for call in self._running.values() if not call.settled]
-        return max(0.0005, min(left, default=0.0005))
+        deadline = min(call.started + call.timeout_s for call in self._running.values())
+        return min(max(deadline - time.monotonic(), 0.0005), _LONGEST_WAIT_S)
 
 
-def _interrupt_quietly(call: _Call) -> None:
+def _interrupt_aside(call: _Call) -> None:
     """Interrupting may itself hang or raise in a user's tool: it gets a thread of its own."""
 
     def interrupt() -> None:
-        try:
+        with suppress(Exception):  # the call is given up already
             call.interrupt()
-        except Exception:  # the call is given up already
-            return
 
     threading.Thread(target=interrupt, daemon=True, name="appo-tool-interrupt").start()
