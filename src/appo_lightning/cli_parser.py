@@ -16,6 +16,9 @@ _UNKNOWN = re.compile(
 )
 
 
+_UNION_NOISE = ("Does not validate against any", "Subtypes:", "Errors:", "- Expected a <class 'str'>")
+
+
 class ShortErrorParser(LightningArgumentParser):
     """``LightningArgumentParser`` without the page of usage before each error."""
 
@@ -54,6 +57,7 @@ def _known_keys(parser: Any) -> set[str]:
 
 
 def _without_noise(message: str) -> str:
-    """The message without jsonargparse's nested repetition of itself."""
+    """The message without jsonargparse's list of the other types that a value might have had."""
     lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
-    return "\n  ".join(lines[:6])
+    telling = [line for line in lines if not line.startswith(_UNION_NOISE)]
+    return "\n  ".join((telling or lines)[:8])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import sys
 import warnings
 from pathlib import Path
 from typing import Any, Literal
@@ -126,7 +125,11 @@ class AppoCLI(LightningCLI):
         config.trainer.default_root_dir = output
         if config.checkpoint.dirpath is None:
             config.checkpoint.dirpath = os.path.join(output, "checkpoints")
-        self._check_precision(config.trainer.precision)
+        _check_trainer(config.trainer)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        # Lightning's own warns when a command line exists as well, which is where ours come from.
+        self.config = parser.parse_args(args)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         config = self._get(self.config_init, "trainer")
@@ -136,13 +139,6 @@ class AppoCLI(LightningCLI):
         plugins = config.plugins or []
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
         return super().instantiate_trainer(**kwargs)
-
-    def _check_precision(self, precision: Any) -> None:
-        if str(precision) in ("bf16-true", "16-true", "bf16", "16"):
-            raise ConfigurationError(
-                f"trainer.precision = {precision} would round log-probs and advantages too; use bf16-mixed, or "
-                "model.policy.dtype: bfloat16 with trainer.precision: 32-true"
-            )
 
     def before_fit(self) -> None:
         config = self.config["fit"]
@@ -162,6 +158,20 @@ class AppoCLI(LightningCLI):
             _remove_run(Path(config.output_dir), Path(config.checkpoint.dirpath))
         elif config.ckpt_path is not None and not Path(config.ckpt_path).exists():
             raise ConfigurationError(f"--ckpt_path: expected a checkpoint file, found no {config.ckpt_path}")
+
+
+def _check_trainer(trainer: Any) -> None:
+    if str(trainer.precision) in ("bf16-true", "16-true", "bf16", "16"):
+        raise ConfigurationError(
+            f"trainer.precision = {trainer.precision} would round log-probs and advantages too; use bf16-mixed, or "
+            "model.policy.dtype: bfloat16 with trainer.precision: 32-true"
+        )
+    strategy = str(getattr(trainer.strategy, "class_path", trainer.strategy))
+    if strategy.startswith("fsdp") or strategy.endswith(".FSDPStrategy"):
+        raise ConfigurationError(
+            f"trainer.strategy = {strategy}: the policy is sharded by FSDP2, not by the first FSDP; "
+            "use --config configs/trainer/fsdp.yaml (GPUs) or fsdp2.yaml (CPU)"
+        )
 
 
 def _stage_classes(stage: Stage) -> tuple[type[L.LightningModule], type[L.LightningDataModule]]:
@@ -219,7 +229,6 @@ def run(command: str, arguments: list[str]) -> int:
         raise ConfigurationError(
             f"stage 'sft' knows fit only, got {command!r}; evaluate its export with an appo config"
         )
-    sys.argv = [sys.argv[0]]  # LightningCLI warns about arguments given twice
     _quieten_lightning()
     cli: AppoCLI | None = None
     try:
