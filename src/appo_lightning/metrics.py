@@ -32,10 +32,10 @@ class MetricSums:
         tensor = torch.as_tensor(
             list(values) if isinstance(values, Iterable) and not isinstance(values, Tensor) else values
         )
-        tensor = tensor.detach().flatten().float().cpu()
+        tensor = tensor.detach().flatten().cpu().double()
         if tensor.numel() == 0:
             return
-        self.add_sum(name, float(tensor.double().sum()), tensor.numel())
+        self.add_sum(name, float(tensor.sum()), tensor.numel())
         if histogram:
             self._samples.setdefault(name, []).extend(tensor.tolist())
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from appo_lightning.types import Branch, RolloutTree, Trajectory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+# Control characters but the tab, directions of writing, halves of surrogate pairs: they garble a page or a terminal.
+_UNREADABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def render_tree(tree: RolloutTree, tokenizer: PreTrainedTokenizerBase, *, max_roots: int = 2) -> str:
@@ -19,12 +23,13 @@ def render_tree(tree: RolloutTree, tokenizer: PreTrainedTokenizerBase, *, max_ro
         max_roots: roots shown; those with branches come first.
     """
     question = str(tokenizer.decode(tree.task.prompt_ids, skip_special_tokens=True)).strip()
-    lines = [f"task {tree.task.id}   answer: {' | '.join(tree.task.references)}", *_indent(question, "  ")]
+    answers = " | ".join(" ".join(_lines(reference)) for reference in tree.task.references)
+    lines = [f"task {tree.task.id}   answer: {answers}", *_indent(question, "  ")]
     branched = {branch.point.root for branch in tree.branches}
     order = sorted(range(len(tree.roots)), key=lambda n: (n not in branched, n))[:max_roots]
     for n in order:
         lines += ["", f"root {n}   {_outcome(tree.roots[n])}"]
-        lines += _indent(_readable(tree.roots[n].response_text), "  │ ")
+        lines += _indent(_by_turns(tree.roots[n].response_text, tree.roots[n]), "  │ ")
         own = [branch for branch in tree.branches if branch.point.root == n]
         for branch in sorted(own, key=lambda b: b.point.position):
             lines += _branch_lines(branch, tokenizer)
@@ -39,7 +44,7 @@ def _branch_lines(branch: Branch, tokenizer: PreTrainedTokenizerBase) -> list[st
     shared = str(tokenizer.decode(ids[max(0, start - 8) : start], skip_special_tokens=True))
     own = str(tokenizer.decode(ids[start:], skip_special_tokens=True))
     head = f"  ├─ branch after token {start}   score {branch.point.score:.2f}   {_outcome(branch.trajectory)}"
-    return [head, *_indent(_readable(f"…{shared}⎇{own}"), "  │    ")]
+    return [head, *_indent(_by_turns(f"…{shared}⎇{own}", branch.trajectory), "  │    ")]
 
 
 def _outcome(trajectory: Trajectory) -> str:
@@ -48,12 +53,16 @@ def _outcome(trajectory: Trajectory) -> str:
     return f"{reward}   {len(trajectory.response_ids)} tokens   {calls} tool call{'' if calls == 1 else 's'}"
 
 
-def _readable(text: str) -> str:
-    """A line break before each turn."""
-    for tag in ("<search>", "<python>", "<result>", "<answer>"):
-        text = text.replace(tag, f"\n{tag}")
+def _by_turns(text: str, trajectory: Trajectory) -> str:
+    """A line break before each call, result and answer."""
+    for name in dict.fromkeys([*(call.name for call in trajectory.tool_calls), "result", "answer"]):
+        text = text.replace(f"<{name}>", f"\n<{name}>")
     return text.replace("</result>", "</result>\n").strip()
 
 
 def _indent(text: str, by: str) -> list[str]:
-    return [by + line for line in text.splitlines() if line.strip()]
+    return [by + line for line in _lines(text)]
+
+
+def _lines(text: str) -> list[str]:
+    return [_UNREADABLE.sub("\ufffd", line) for line in text.splitlines() if line.strip()]

@@ -27,7 +27,7 @@ from appo_lightning.rollout.tree import (
     plan_branches,
     score_rewards,
 )
-from appo_lightning.types import RolloutTree, Task, Trajectory
+from appo_lightning.types import BranchPoint, RolloutTree, Task, Trajectory
 
 
 class PhasePolicy(Protocol):
@@ -207,7 +207,7 @@ class PhaseRunner:
             branch_scores=branch_scores,
         )
 
-    def _sample_branches(self, trees: list[RolloutTree], points: Sequence[Sequence[Any]], seed: int) -> None:
+    def _sample_branches(self, trees: list[RolloutTree], points: Sequence[Sequence[BranchPoint]], seed: int) -> None:
         self._sync()
         prefixes = [
             branch_prefixes(tree, chosen, keep_token=self.options.keep_token, seed=seed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import fields
 from typing import Any
 
 from appo_lightning.types import Branch, RolloutTree, ToolCall, Trajectory
@@ -10,7 +10,10 @@ from appo_lightning.types import Branch, RolloutTree, ToolCall, Trajectory
 
 def trajectory_to_dict(trajectory: Trajectory) -> dict[str, Any]:
     """Every field; loaded back by ``trajectory_from_dict``."""
-    return asdict(trajectory)
+    # Not asdict: it would copy every token by itself, seconds for the rollouts of one phase.
+    state = _fields_of(trajectory)
+    state["tool_calls"] = [_fields_of(call) for call in trajectory.tool_calls]
+    return state
 
 
 def trajectory_from_dict(state: dict[str, Any]) -> Trajectory:
@@ -45,3 +48,7 @@ def _without_prompt(trajectory: Trajectory) -> dict[str, Any]:
     state = trajectory_to_dict(trajectory)
     del state["prompt_ids"]
     return state
+
+
+def _fields_of(value: Trajectory | ToolCall) -> dict[str, Any]:
+    return {field.name: getattr(value, field.name) for field in fields(value)}

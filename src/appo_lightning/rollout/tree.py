@@ -87,6 +87,11 @@ class BranchingOptions:
             )
         if self.min_remaining < 1:
             raise ConfigurationError(f"branching.min_remaining must be at least 1, got {self.min_remaining}")
+        if self.criterion == "weighted_sum" and min(self.weights) <= 0:
+            raise ConfigurationError(
+                f"branching.weights must be positive, got {self.weights}; for one term alone use criterion: entropy "
+                "or future_value"
+            )
         if self.gain_baseline == "previous" and not (self.num_branches and self.uses_gain):
             raise ConfigurationError(
                 "branching.gain_baseline = 'previous' has no effect without branches chosen by a criterion that uses "
@@ -157,7 +162,7 @@ def plan_branches(
     if options.num_branches == 0 or not roots:
         return BranchPlan([[] for _ in trees], [False] * len(roots))
     gain = [score.logprobs - base for score, base in zip(current, base_logprobs, strict=True)]
-    mask = _pad([torch.tensor(root.sampled) for root in roots])
+    mask = _pad([torch.tensor(root.sampled, dtype=torch.bool) for root in roots])
     scored = score_criterion(
         options.criterion,
         _pad([score.entropies for score in current]),
@@ -173,7 +178,7 @@ def plan_branches(
     )
     candidates = branch_candidates(
         mask,
-        is_blank(_pad([torch.tensor(root.response_ids) for root in roots])),
+        is_blank(_pad([torch.tensor(root.response_ids, dtype=torch.long) for root in roots])),
         max_response_tokens=max_response_tokens,
         min_remaining=options.min_remaining,
     )

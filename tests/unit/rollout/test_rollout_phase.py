@@ -1,0 +1,222 @@
+"""Claims about one rollout phase: what is sampled and scored when, and that it survives a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from appo_lightning.batching import ProcedureBatch, TraceScores
+from appo_lightning.errors import DataError
+from appo_lightning.rollout.loop import RolloutLimits, RolloutLoop
+from appo_lightning.rollout.phase import Phase, PhaseRunner
+from appo_lightning.rollout.tree import BlankTokens, BranchingOptions
+from appo_lightning.types import Task, Trajectory
+from helpers.scripted import (
+    EchoTool,
+    LengthReward,
+    ScriptedSampler,
+    VariableTool,
+    logprob_of,
+    make_task,
+    scripted_tokenizer,
+)
+from helpers.tiny import EOS
+
+
+class FakePolicy:
+    """Log-probs are the sampler's plus ``gap``; each version after ``first`` adds 0.1 where the id is even."""
+
+    def __init__(self, first: int = 0) -> None:
+        self.first = self.version = first
+        self.synced_at: list[int] = []
+        self.scored: list[tuple[int, int]] = []  # version, trajectories
+        self.gap = 0.0
+
+    def sync_sampler(self) -> None:
+        self.synced_at.append(self.version)
+
+    def score(self, trajectories: Sequence[Trajectory], *, temperature: float) -> list[TraceScores]:
+        assert temperature == 1.0
+        self.scored.append((self.version, len(trajectories)))
+        return [TraceScores(self._logprobs(t, self.version), self._entropies(t)) for t in trajectories]
+
+    def score_previous(self, trajectories: Sequence[Trajectory], *, temperature: float) -> list[Tensor]:
+        return [self._logprobs(t, self.version - 1) for t in trajectories]
+
+    def _logprobs(self, trajectory: Trajectory, version: int) -> Tensor:
+        values = [
+            logprob_of(i) + self.gap + 0.1 * (version - self.first) * (i % 2 == 0) for i in trajectory.response_ids
+        ]
+        return torch.tensor(values) * torch.tensor(trajectory.sampled)
+
+    def _entropies(self, trajectory: Trajectory) -> Tensor:
+        return torch.tensor([0.1 + (i % 5) for i in trajectory.response_ids]) * torch.tensor(trajectory.sampled)
+
+
+def script(text: str, seed: int) -> str:
+    number = seed % 97
+    return f"<search>city {number}</search>" if "</result>" not in text else f"<answer>{number}</answer>{EOS}"
+
+
+def make_runner(policy: FakePolicy, *, train_branches: bool = False, **options: object) -> PhaseRunner:
+    limits = RolloutLimits(max_response_tokens=200)
+    tools = [EchoTool(), VariableTool()]
+    return PhaseRunner(
+        loop=RolloutLoop(ScriptedSampler(script), tools, scripted_tokenizer(), limits),
+        policy=policy,
+        reward=LengthReward(),
+        options=BranchingOptions(**{"num_roots": 2, "num_rollouts": 6, **options}),  # type: ignore[arg-type]
+        temperature=1.0,
+        max_response_tokens=limits.max_response_tokens,
+        seed=11,
+        is_blank=BlankTokens(scripted_tokenizer()),
+        train_branches=train_branches,
+    )
+
+
+def tasks() -> list[Task]:
+    return [make_task("t0"), make_task("t1"), make_task("t2")]
+
+
+def tokens(trajectories: Sequence[Trajectory]) -> list[list[int]]:
+    return [trajectory.response_ids for trajectory in trajectories]
+
+
+def branch_tokens(batch: ProcedureBatch) -> list[list[int]]:
+    return tokens([branch.trajectory for tree in batch.trees for branch in tree.branches])
+
+
+def test_a_phase_begins_with_a_sync_and_scored_roots_of_every_task():
+    policy = FakePolicy()
+    phase = make_runner(policy).begin(4, tasks())
+    assert policy.synced_at == [0]
+    assert policy.scored == [(0, 6)]
+    assert [len(group) for group in phase.roots] == [len(group) for group in phase.old] == [2, 2, 2]
+    assert len({tuple(ids) for group in phase.roots for ids in tokens(group)}) == 6
+    for group, scores in zip(phase.roots, phase.old, strict=True):
+        for root, score in zip(group, scores, strict=True):
+            assert root.prompt_ids[:1] == phase.tasks[0].prompt_ids[:1]
+            assert root.reward == len(root.response_text)
+            assert score.logprobs.tolist() == pytest.approx(root.behaviour_logprobs)
+
+
+def test_the_gap_between_sampler_and_trainer_is_measured_on_sampled_tokens():
+    policy = FakePolicy()
+    policy.gap = -0.25
+    gap = make_runner(policy).begin(0, tasks()).gap
+    assert (gap.mean, gap.rms, gap.maximum) == pytest.approx((0.25, 0.25, 0.25))
+
+
+def test_before_the_policy_moves_entropy_alone_chooses_and_nothing_is_scored_again():
+    policy = FakePolicy()
+    runner = make_runner(policy)
+    batch = runner.mini_batch(runner.begin(0, tasks()), range(2), visit=0)
+    assert batch.fallback.tolist() == [True] * 4
+    assert policy.scored == [(0, 6)]
+    assert torch.equal(batch.current_logprobs, batch.old_logprobs)
+    assert [len(tree.branches) for tree in batch.trees] == [4, 4]
+    for tree in batch.trees:
+        assert [branch.point.root for branch in tree.branches] == [0, 0, 1, 1]
+        for branch in tree.branches:
+            root, length = tree.roots[branch.point.root], branch.prefix_length
+            assert branch.trajectory.response_ids[:length] == root.response_ids[:length]
+            assert branch.trajectory.reward == len(branch.trajectory.response_text)
+
+
+def test_after_the_policy_moved_roots_are_scored_and_the_sampler_synced_again():
+    policy = FakePolicy()
+    runner = make_runner(policy)
+    phase = runner.begin(0, tasks())
+    policy.version = 1
+    batch = runner.mini_batch(phase, range(1, 3), visit=1)
+    assert policy.synced_at == [0, 1]
+    assert policy.scored == [(0, 6), (1, 4)]
+    assert batch.fallback.tolist() == [False] * 4
+    assert {branch.trajectory.policy_version for tree in batch.trees for branch in tree.branches} == {1}
+    gain = (batch.current_logprobs - batch.old_logprobs)[batch.mask]
+    even = batch.sequences.token_ids[batch.mask] % 2 == 0
+    assert gain.tolist() == pytest.approx((0.1 * even).tolist(), abs=1e-6)
+
+
+def test_the_previous_policy_makes_the_gain_informative_at_once():
+    runner = make_runner(FakePolicy(first=1), gain_baseline="previous")
+    batch = runner.mini_batch(runner.begin(0, tasks()), range(3), visit=0)
+    assert batch.fallback.tolist() == [False] * 6
+
+
+def test_without_branches_a_phase_is_plain_group_sampling():
+    policy = FakePolicy()
+    runner = make_runner(policy, num_rollouts=2)
+    batch = runner.mini_batch(runner.begin(0, tasks()), range(3), visit=0)
+    assert policy.synced_at == [0]
+    assert len(batch.branch_root) == 0
+    assert batch.branch_row is None
+    assert batch.fallback.tolist() == [False] * 6
+
+
+def test_branches_to_train_on_are_scored_by_the_policy_that_sampled_them():
+    policy = FakePolicy()
+    runner = make_runner(policy, train_branches=True)
+    batch = runner.mini_batch(runner.begin(0, tasks()), range(2), visit=0)
+    assert policy.scored == [(0, 6), (0, 8)]
+    assert batch.branch_row is not None
+    assert batch.branch_row.tolist() == list(range(4, 12))
+    assert torch.allclose(batch.old_logprobs, batch.behaviour_logprobs)
+
+
+def test_rollouts_are_a_function_of_seed_phase_and_visit():
+    def sample(index: int, visit: int) -> tuple[list[list[int]], list[list[int]]]:
+        runner = make_runner(FakePolicy())
+        phase = runner.begin(index, tasks())
+        batch = runner.mini_batch(phase, range(3), visit=visit)
+        return tokens([root for group in phase.roots for root in group]), branch_tokens(batch)
+
+    assert sample(0, 0) == sample(0, 0)
+    assert sample(0, 0)[0] == sample(0, 1)[0]
+    assert sample(0, 0)[1] != sample(0, 1)[1]
+    assert sample(0, 0)[0] != sample(1, 0)[0]
+
+
+def test_what_a_prompt_gets_does_not_depend_on_its_neighbours():
+    runner = make_runner(FakePolicy())
+    together = runner.mini_batch(runner.begin(0, tasks()), range(3), visit=0)
+    for order in ([2, 0, 1], [1]):
+        chosen = [tasks()[i] for i in order]
+        apart = runner.mini_batch(runner.begin(0, chosen), range(len(order)), visit=0)
+        for tree, i in zip(apart.trees, order, strict=True):
+            assert tokens(tree.roots) == tokens(together.trees[i].roots)
+            branches = [branch.trajectory for branch in tree.branches]
+            assert tokens(branches) == tokens([branch.trajectory for branch in together.trees[i].branches])
+
+
+def test_a_phase_survives_a_checkpoint(tmp_path: Path):
+    policy = FakePolicy()
+    runner = make_runner(policy)
+    phase = runner.begin(7, tasks())
+    torch.save(phase.state_dict(), tmp_path / "phase.pt")
+    state = torch.load(tmp_path / "phase.pt", weights_only=True)
+    loaded = Phase.from_state_dict(state, tasks())
+    assert (loaded.index, loaded.policy_version, loaded.gap) == (7, 0, phase.gap)
+    assert loaded.roots == phase.roots
+    policy.version = 1
+    first, second = (runner.mini_batch(each, range(3), visit=1) for each in (phase, loaded))
+    assert branch_tokens(first) == branch_tokens(second)
+    assert torch.equal(first.old_logprobs, second.old_logprobs)
+    assert torch.equal(first.entropies, second.entropies)
+
+
+def test_a_phase_over_other_tasks_is_refused():
+    phase = make_runner(FakePolicy()).begin(7, tasks())
+    with pytest.raises(DataError, match=r"in the middle of a rollout phase over other tasks.*same data.train, seed"):
+        Phase.from_state_dict(phase.state_dict(), tasks()[::-1])
+
+
+def test_seconds_are_accounted_by_what_they_went_to():
+    runner = make_runner(FakePolicy())
+    runner.mini_batch(runner.begin(0, tasks()), range(3), visit=0)
+    assert runner.times.sample_roots > 0
+    assert runner.times.sample_branches > 0

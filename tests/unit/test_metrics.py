@@ -1,0 +1,89 @@
+"""Claims about means: over values, whoever holds them."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from appo_lightning import metrics as module
+from appo_lightning.metrics import MetricSums, log_metrics
+
+
+def test_a_mean_is_over_values_however_they_came():
+    metrics = MetricSums()
+    metrics.add("m", [1, 2])
+    metrics.add("m", 6.0)
+    metrics.add("m", torch.tensor([[True, False]]))
+    metrics.add("m", (value for value in [2.0]))
+    # 1 + 2 + 6 + 1 + 0 + 2 over six values.
+    assert metrics.means() == {"m": 2.0}
+    assert metrics.count("m") == 6
+    assert metrics.count("unknown") == 0
+
+
+@pytest.mark.parametrize("nothing", [[], torch.zeros(0), iter(())])
+def test_no_values_leave_no_trace(nothing):
+    metrics = MetricSums()
+    metrics.add("m", nothing, histogram=True)
+    assert (metrics.means(), metrics.samples()) == ({}, {})
+
+
+def test_ratios_are_sums_over_sums():
+    metrics = MetricSums()
+    metrics.add_sum("tokens_per_second", 10, 1)
+    metrics.add_sum("tokens_per_second", 20, 4)
+    metrics.add_sum("nothing", 0.0, 0.0)
+    metrics.add_all({"a": 1.0, "b": 2.0})
+    assert metrics.means() == {"tokens_per_second": 6.0, "a": 1.0, "b": 2.0}
+
+
+def test_large_numbers_keep_their_last_digit():
+    metrics = MetricSums()
+    metrics.add("tokens", [2**24 + 1, 2**24 + 1])
+    assert metrics.means() == {"tokens": 2.0**24 + 1}
+
+
+def test_half_precision_and_gradients_are_no_trouble():
+    metrics = MetricSums()
+    metrics.add("m", torch.ones(3, dtype=torch.bfloat16, requires_grad=True))
+    assert metrics.means() == {"m": 1.0}
+
+
+def test_histograms_keep_the_values():
+    metrics = MetricSums()
+    metrics.add("m", [1.0, 2.0], histogram=True)
+    metrics.add("m", 3.0)
+    assert metrics.samples() == {"m": [1.0, 2.0]}
+    assert metrics.means() == {"m": 2.0}
+
+
+def test_ranks_are_weighted_by_what_they_hold(monkeypatch):
+    other = MetricSums()
+    other.add("m", [5.0, 5.0, 5.0], histogram=True)
+    other.add("only there", 2.0)
+    dist = SimpleNamespace(
+        is_available=lambda: True,
+        is_initialized=lambda: True,
+        get_world_size=lambda: 2,
+        all_gather_object=lambda parts, own: parts.__setitem__(slice(None), [own, (other._sums, other._samples)]),
+    )
+    monkeypatch.setattr(module.torch, "distributed", dist)
+    own = MetricSums()
+    own.add("m", 1.0, histogram=True)
+    merged = own.gathered()
+    assert merged.means() == {"m": 4.0, "only there": 2.0}
+    assert merged.count("m") == 4
+    assert merged.samples() == {"m": [1.0, 5.0, 5.0, 5.0]}
+
+
+@pytest.mark.parametrize("zero", [True, False])
+def test_rank_zero_writes_and_every_rank_knows(zero):
+    written: list[tuple[dict[str, float], int]] = []
+    logger = SimpleNamespace(log_metrics=lambda means, step: written.append((means, step)))
+    trainer = SimpleNamespace(global_step=7, is_global_zero=zero, loggers=[logger])
+    metrics = MetricSums()
+    metrics.add("m", 2.0)
+    assert log_metrics(trainer, metrics) == {"m": 2.0}  # type: ignore[arg-type]
+    assert written == ([({"m": 2.0}, 7)] if zero else [])
