@@ -53,9 +53,9 @@ class _SaveConfig(SaveConfigCallback):
 class AppoCLI(LightningCLI):
     """One command for both stages; the stage decides which model and data classes the keys belong to."""
 
-    def __init__(self, stage: Stage, command: str | None, args: list[str]) -> None:
+    def __init__(self, stage: Stage, command: str, args: list[str], *, execute: bool = True) -> None:
         self.stage = stage
-        self._command = command
+        self._command, self._execute = command, execute
         import_components()
         super().__init__(
             *_stage_classes(stage),
@@ -72,22 +72,20 @@ class AppoCLI(LightningCLI):
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             # `--model.optimizer.learning_rat 1` is a mistake, not an abbreviation.
-            parser_kwargs={"allow_abbrev": False, **({command: {"allow_abbrev": False}} if command else {})},
-            run=command is not None,
-            args=args,
+            parser_kwargs={"allow_abbrev": False, command: {"allow_abbrev": False}},
+            args=[command, *args],
         )
 
     def _fixed_callbacks(self) -> list[Any]:
         """Callbacks without options: no config can forget them."""
-        common: list[Any] = [RolloutProgressBar(), RandomState(), GracefulStop()]
+        common: list[Any] = [RandomState(), GracefulStop()]
         if self.stage == "sft":
             return common
         return [*common, BranchStatistics(), CreditStatistics(), ToolCallEfficiency()]
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         # Each costs a parser of some 600 options: build the one that is asked for.
-        every = LightningCLI.subcommands()
-        return {self._command: every[self._command]} if self._command is not None else every
+        return {self._command: LightningCLI.subcommands()[self._command]}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
@@ -120,7 +118,7 @@ class AppoCLI(LightningCLI):
             parser.add_lightning_class_args(RolloutWriter, "predictions")
 
     def before_instantiate_classes(self) -> None:
-        config = self.config[self.subcommand] if self.subcommand is not None else self.config
+        config = self.config[self._command]
         output = config.output_dir
         config.trainer.default_root_dir = output
         if config.checkpoint.dirpath is None:
@@ -136,9 +134,15 @@ class AppoCLI(LightningCLI):
         if config.logger in (None, True):
             # A fixed folder: a resumed run goes on in the same files.
             kwargs["logger"] = TensorBoardLogger(config.default_root_dir, name="", version="", default_hp_metric=False)
+        if config.enable_progress_bar is not False:
+            config.callbacks = [*(config.callbacks or []), RolloutProgressBar()]
         plugins = config.plugins or []
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
         return super().instantiate_trainer(**kwargs)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        if self._execute:
+            super()._run_subcommand(subcommand)
 
     def before_fit(self) -> None:
         config = self.config["fit"]
@@ -232,7 +236,7 @@ def run(command: str, arguments: list[str]) -> int:
     _quieten_lightning()
     cli: AppoCLI | None = None
     try:
-        cli = AppoCLI(stage, command, [command, *arguments])
+        cli = AppoCLI(stage, command, arguments)
     finally:
         _close(cli)
     stopped = [callback.received for callback in cli.trainer.callbacks if isinstance(callback, GracefulStop)]  # type: ignore[attr-defined]
@@ -245,6 +249,8 @@ def _quieten_lightning() -> None:
         logging.getLogger(name).addFilter(lambda record: not record.getMessage().startswith(("💡", "TPU available")))
     # The policy is built in evaluation mode by transformers; dropout is no part of it.
     warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode at the start of training.*")
+    # Checkpoints hold the weights after the step, which is what a resumed run needs.
+    warnings.filterwarnings("ignore", message=r"Using ModelCheckpoint with manual optimization[\s\S]*")
     warnings.filterwarnings("ignore", message=r".*treespec, LeafSpec.*")
 
 
@@ -265,9 +271,11 @@ def run_export(arguments: list[str]) -> int:
     path = Path(options.ckpt_path)
     if not path.is_file():
         raise ConfigurationError(f"--ckpt_path: expected a checkpoint file, found no {path}")
-    cli = AppoCLI(find_stage(["--config", options.config]), None, ["--config", options.config])
+    source = ["--config", options.config]
+    cli = AppoCLI(find_stage(source), "fit", source, execute=False)
     module = cli.model
     assert isinstance(module, PolicyModule)
+    _quieten_lightning()
     if options.adapters and module.policy_options.lora is None:
         raise ConfigurationError("--adapters: this policy was trained without LoRA; leave the flag out")
     module.configure_model()

@@ -24,12 +24,10 @@ class _ParsedOnly(AppoCLI):
 
     def _set_seed(self) -> None: ...
 
-    def _run_subcommand(self, subcommand: str) -> None: ...
-
 
 def _parse(*configs: Path) -> dict:
     arguments = [argument for config in configs for argument in ("--config", str(config))]
-    cli = _ParsedOnly(find_stage(arguments), "fit", ["fit", *arguments])
+    cli = _ParsedOnly(find_stage(arguments), "fit", arguments, execute=False)
     assert isinstance(cli.parser, ShortErrorParser)
     return cli.config["fit"].as_dict()
 
