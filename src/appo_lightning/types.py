@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-ToolError = Literal["timeout", "error", "empty", "limit", "unknown_tool", "malformed"]
-StopReason = Literal["eos", "answer", "length", "call_limit", "aborted"]
+ToolError = Literal["timeout", "error", "empty", "limit", "malformed"]
+StopReason = Literal["eos", "length", "call_limit"]
 
 
 @dataclass(slots=True)
@@ -31,6 +31,7 @@ class Task:
     prompt_ids: list[int]
     references: tuple[str, ...]
     metadata: dict[str, Any] = field(default_factory=dict)
+    question: str = ""  # the last user message, for reports
 
 
 @dataclass(slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from appo_lightning.types import Branch, RolloutTree, Trajectory
@@ -20,13 +21,12 @@ def render_tree(tree: RolloutTree, tokenizer: PreTrainedTokenizerBase, *, max_ro
     Args:
         tree: scored.
         tokenizer: the policy's.
-        max_roots: roots shown; those with branches come first.
+        max_roots: roots shown; first those with a branch that ended otherwise, then those with any branch.
     """
-    question = str(tokenizer.decode(tree.task.prompt_ids, skip_special_tokens=True)).strip()
+    question = tree.task.question or str(tokenizer.decode(tree.task.prompt_ids, skip_special_tokens=True)).strip()
     answers = " | ".join(" ".join(_lines(reference)) for reference in tree.task.references)
     lines = [f"task {tree.task.id}   answer: {answers}", *_indent(question, "  ")]
-    branched = {branch.point.root for branch in tree.branches}
-    order = sorted(range(len(tree.roots)), key=lambda n: (n not in branched, n))[:max_roots]
+    order = sorted(range(len(tree.roots)), key=lambda n: _interest(tree, n), reverse=True)[:max_roots]
     for n in order:
         lines += ["", f"root {n}   {_outcome(tree.roots[n])}"]
         lines += _indent(_by_turns(tree.roots[n].response_text, tree.roots[n]), "  │ ")
@@ -37,6 +37,24 @@ def render_tree(tree: RolloutTree, tokenizer: PreTrainedTokenizerBase, *, max_ro
     if hidden:
         lines += ["", f"({hidden} more root{'s' if hidden > 1 else ''})"]
     return "\n".join(lines)
+
+
+def most_telling(trees: Sequence[RolloutTree]) -> RolloutTree:
+    """The tree to show of a batch: one whose rollouts earned most differently, then one with many tool calls."""
+
+    def interest(tree: RolloutTree) -> tuple[float, int]:
+        rollouts = [*tree.roots, *(branch.trajectory for branch in tree.branches)]
+        disagreeing = max(_interest(tree, n)[0] for n in range(len(tree.roots)))
+        return disagreeing, sum(len(rollout.tool_calls) for rollout in rollouts)
+
+    return max(trees, key=interest)
+
+
+def _interest(tree: RolloutTree, root: int) -> tuple[float, int]:
+    """How far the rewards of a root and its branches lie apart, and how many branches it has."""
+    own = [branch.trajectory for branch in tree.branches if branch.point.root == root]
+    rewards = [rollout.reward or 0.0 for rollout in (tree.roots[root], *own)]
+    return max(rewards) - min(rewards), len(own)
 
 
 def _branch_lines(branch: Branch, tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -37,4 +37,5 @@ def build_task(row: TaskRow, tokenizer: PreTrainedTokenizerBase, *, max_prompt_t
             f"task {row.id}: the prompt has {len(prompt_ids)} tokens, the budget is {max_prompt_tokens}; "
             "raise data.rollout.max_prompt_tokens or drop long rows"
         )
-    return Task(id=row.id, prompt_ids=prompt_ids, references=row.references, metadata=row.metadata)
+    question = next((m["content"] for m in reversed(row.messages) if m["role"] == "user"), "")
+    return Task(row.id, prompt_ids, row.references, question=question, metadata=row.metadata)

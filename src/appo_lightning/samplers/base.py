@@ -55,7 +55,7 @@ class Sampler(ABC):
     ``num_unfinished`` is 0, ``close`` at the end. Single-threaded: the rollout loop owns it.
     """
 
-    provides_logprobs: bool = True  # branching and the policy ratio need them
+    provides_logprobs: bool = True  # False: ``Completion.logprobs`` holds zeros; evaluation only
 
     @abstractmethod
     def start(self, checkpoint: str, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> None:

@@ -10,7 +10,11 @@ if TYPE_CHECKING:
 
 
 class ToolSession(ABC):
-    """A tool as one trajectory sees it. Calls of one session never overlap; sessions run in parallel threads."""
+    """A tool as one trajectory sees it.
+
+    Calls of one session never overlap, nor does ``close`` overlap a call; sessions run in parallel threads. A session
+    whose call outlived its time is closed and never used again.
+    """
 
     @abstractmethod
     def call(self, argument: str) -> str:
@@ -18,6 +22,7 @@ class ToolSession(ABC):
 
         Raises:
             ToolFailure: the call could not be answered; the message is shown to the policy.
+            AppoError: the tool cannot work at all; stops the run.
         """
 
     def interrupt(self) -> None:
@@ -44,8 +49,10 @@ class Tool(ABC):
 
     @abstractmethod
     def open(self, task: Task) -> ToolSession:
-        """Start a session for one trajectory of ``task``. Must be cheap: it is called for every trajectory that
-        uses the tool.
+        """Start a session for one trajectory of ``task``.
+
+        Must be cheap: it is called for every trajectory that uses the tool, and once more at the start of a run, so
+        that a server behind it starts outside the time of a call.
         """
 
     def close(self) -> None:
@@ -63,7 +70,7 @@ class StatelessTool(Tool):
             ToolFailure: the call could not be answered; the message is shown to the policy.
         """
 
-    def open(self, task: Task) -> ToolSession:  # noqa: D102
+    def open(self, task: Task) -> ToolSession:
         return _StatelessSession(self, task)
 
 
