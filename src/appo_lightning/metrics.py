@@ -51,14 +51,8 @@ class MetricSums:
 
     def gathered(self) -> MetricSums:
         """The sums of all ranks, on every rank. Collective."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return self
-        if torch.distributed.get_world_size() == 1:
-            return self
-        parts: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(parts, (self._sums, self._samples))
         merged = MetricSums()
-        for sums, samples in parts:
+        for sums, samples in of_all_ranks((self._sums, self._samples)):
             for name, (total, count) in sums.items():
                 merged.add_sum(name, total, count)
             for name, values in samples.items():
@@ -76,6 +70,17 @@ class MetricSums:
     def samples(self) -> dict[str, list[float]]:
         """Values kept for histograms."""
         return self._samples
+
+
+def of_all_ranks(value: Any) -> list[Any]:
+    """Every rank's value, by rank, on every rank. Collective; a list of one without other processes."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [value]
+    if torch.distributed.get_world_size() == 1:
+        return [value]
+    parts: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, value)
+    return parts
 
 
 def log_metrics(trainer: L.Trainer, sums: MetricSums, *, step: int | None = None) -> dict[str, float]:

@@ -46,9 +46,10 @@ class EvaluationReport(L.Callback):
 
     def _write(self, trainer: L.Trainer, stage: str) -> None:
         texts, self._texts = self._texts, []
-        if not trainer.is_global_zero or trainer.log_dir is None:
+        directory = trainer.log_dir  # collective
+        if not trainer.is_global_zero or directory is None:
             return
-        folder = Path(trainer.log_dir)
+        folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         prefix = {"validation": "val/", "test": "test/"}[stage]
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(prefix)}

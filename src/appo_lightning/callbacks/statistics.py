@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
 
 import lightning as L
 import torch
@@ -14,10 +15,13 @@ from appo_lightning.errors import ConfigurationError
 from appo_lightning.metrics import MetricSums, log_metrics, tensorboard_writer
 from appo_lightning.reports.text import render_tree
 from appo_lightning.rollout.phase import PhaseRunner, PhaseTimes
+from appo_lightning.types import StopReason
 
 
 class RolloutStatistics(L.Callback):
     """Rewards, lengths, entropies, seconds of each part of a step, and sample rollouts as text.
+
+    The last sample is also written to ``rollout_sample.txt`` in the log directory.
 
     Args:
         text_every: mini-batches between two sample rollouts; 0 writes none.
@@ -44,7 +48,7 @@ class RolloutStatistics(L.Callback):
         for root in roots:
             for name, value in root.reward_parts.items():
                 metrics.add(f"rollout/reward_{name}", value)
-        for reason in {root.stop_reason for root in roots}:
+        for reason in get_args(StopReason):  # all of them: another rank may have what this one has not
             share = sum(root.stop_reason == reason for root in roots)
             metrics.add_sum(f"rollout/stop_share_{reason}", share, len(roots))
         metrics.add("rollout/response_tokens", [len(r.response_ids) for r in roots], histogram=True)
@@ -54,10 +58,12 @@ class RolloutStatistics(L.Callback):
         metrics.add("rollout/equal_groups", [float(value == 0) for value in spread])
         metrics.add("policy/entropy", batch.entropies[batch.mask])
         self._add_phase(trainer, metrics)
-        log_metrics(trainer, metrics)
-        pl_module.log("reward", metrics.means().get("rollout/reward", 0.0), prog_bar=True, logger=False)
-        if self.text_every and batch_idx % self.text_every == 0 and trainer.is_global_zero and batch.trees:
-            self._write_text(trainer, batch)
+        means = log_metrics(trainer, metrics)
+        pl_module.log("reward", means.get("rollout/reward", 0.0), prog_bar=True, logger=False)
+        if self.text_every and batch_idx % self.text_every == 0:
+            directory = trainer.log_dir  # collective
+            if trainer.is_global_zero and batch.trees:
+                self._write_text(trainer, batch, directory)
 
     def _add_phase(self, trainer: L.Trainer, metrics: MetricSums) -> None:
         data: RolloutDataModule = trainer.datamodule  # type: ignore[attr-defined]
@@ -81,13 +87,17 @@ class RolloutStatistics(L.Callback):
             }
         )
 
-    def _write_text(self, trainer: L.Trainer, batch: ProcedureBatch) -> None:
+    def _write_text(self, trainer: L.Trainer, batch: ProcedureBatch, directory: str | None) -> None:
         module: Any = trainer.lightning_module
         text = render_tree(batch.trees[0], module.policy.tokenizer)
         for logger in trainer.loggers:
             writer = tensorboard_writer(logger)
             if writer is not None:
                 writer.add_text("rollout/sample", f"```\n{text}\n```", trainer.global_step)
+        if directory is not None:
+            path = Path(directory) / "rollout_sample.txt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"step {trainer.global_step}\n{text}\n")
 
 
 class BranchStatistics(L.Callback):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import lightning as L
 
 from appo_lightning.batching import ProcedureBatch
-from appo_lightning.datamodule import EvaluationBatch
+from appo_lightning.datamodule import EvaluationBatch, RolloutDataModule
 from appo_lightning.metrics import MetricSums, log_metrics
-from appo_lightning.types import Trajectory
+from appo_lightning.types import ToolError, Trajectory
 
 
 class ToolCallEfficiency(L.Callback):
@@ -28,18 +28,19 @@ class ToolCallEfficiency(L.Callback):
         batch_idx: int,
     ) -> None:
         metrics = MetricSums()
-        add_tool_metrics(metrics, [root for tree in batch.trees for root in tree.roots], prefix="tools")
+        roots = [root for tree in batch.trees for root in tree.roots]
+        add_tool_metrics(metrics, roots, _tool_names(trainer), prefix="tools")
         log_metrics(trainer, metrics)
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: EvaluationBatch, *args: Any
     ) -> None:
-        add_tool_metrics(self._evaluation, batch.trajectories, prefix="val_tools")
+        add_tool_metrics(self._evaluation, batch.trajectories, _tool_names(trainer), prefix="val_tools")
 
     def on_test_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: EvaluationBatch, *args: Any
     ) -> None:
-        add_tool_metrics(self._evaluation, batch.trajectories, prefix="test_tools")
+        add_tool_metrics(self._evaluation, batch.trajectories, _tool_names(trainer), prefix="test_tools")
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         metrics, self._evaluation = self._evaluation, MetricSums()
@@ -49,10 +50,23 @@ class ToolCallEfficiency(L.Callback):
         self.on_validation_epoch_end(trainer, pl_module)
 
 
-def add_tool_metrics(metrics: MetricSums, trajectories: Sequence[Trajectory], *, prefix: str) -> None:
-    """Add the tool metrics of some trajectories under ``prefix/``."""
+def _tool_names(trainer: L.Trainer) -> list[str]:
+    data: RolloutDataModule = trainer.datamodule  # type: ignore[attr-defined]
+    return [tool.name for tool in data.tools]
+
+
+def add_tool_metrics(
+    metrics: MetricSums, trajectories: Sequence[Trajectory], names: Sequence[str], *, prefix: str
+) -> None:
+    """Add the tool metrics of some trajectories under ``prefix/``.
+
+    Args:
+        metrics: every rank adds the same names, so that means are over the trajectories of all ranks.
+        trajectories: of this rank.
+        names: of all tools.
+        prefix: of the names.
+    """
     calls = [call for trajectory in trajectories for call in trajectory.tool_calls]
-    names = sorted({call.name for call in calls})
     metrics.add(f"{prefix}/calls_per_trajectory", [len(t.tool_calls) for t in trajectories])
     metrics.add(f"{prefix}/trajectories_with_calls", [float(bool(t.tool_calls)) for t in trajectories])
     metrics.add(f"{prefix}/failure_rate", [float(not call.succeeded) for call in calls])
@@ -62,11 +76,10 @@ def add_tool_metrics(metrics: MetricSums, trajectories: Sequence[Trajectory], *,
         metrics.add_sum(f"{prefix}/{name}_calls_per_trajectory", len(own), len(trajectories))
         metrics.add(f"{prefix}/{name}_failure_rate", [float(not call.succeeded) for call in own])
         metrics.add(f"{prefix}/{name}_seconds_per_call", [call.seconds for call in own])
-    for error in sorted({call.error for call in calls if call.error is not None}):
+    for error in get_args(ToolError):
         metrics.add(f"{prefix}/error_{error}_rate", [float(call.error == error) for call in calls])
     successes = sum(bool(trajectory.success) for trajectory in trajectories)
-    if successes:
-        metrics.add_sum(f"{prefix}/calls_per_success", len(calls), successes)
+    metrics.add_sum(f"{prefix}/calls_per_success", len(calls), successes)
     for outcome, name in ((True, "successes"), (False, "failures")):
         group = [len(t.tool_calls) for t in trajectories if bool(t.success) is outcome]
         metrics.add(f"{prefix}/calls_in_{name}", group)
