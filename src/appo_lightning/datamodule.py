@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
@@ -11,9 +12,10 @@ from torch import Tensor
 
 from appo_lightning.batching import ProcedureBatch, TraceScores
 from appo_lightning.errors import ConfigurationError, DataError
+from appo_lightning.metrics import of_all_ranks
 from appo_lightning.rewards.base import Reward
 from appo_lightning.rollout.loop import Prefix, RolloutLimits, RolloutLoop
-from appo_lightning.rollout.phase import Phase, PhaseRunner
+from appo_lightning.rollout.phase import LogprobGap, Phase, PhaseRunner
 from appo_lightning.rollout.prompts import build_task
 from appo_lightning.rollout.seeds import derive_seed
 from appo_lightning.rollout.tree import BlankTokens, BranchingOptions, score_rewards
@@ -134,6 +136,7 @@ class RolloutDataModule(L.LightningDataModule):
     def close(self) -> None:
         """Release sampler and tools. Safe to call twice."""
         self.sampler.close()
+        self._started = False
         for tool in self.tools:
             tool.close()
 
@@ -258,10 +261,20 @@ class RolloutSource:
         assert self.runner is not None
         tasks = self._tasks(phase_in_epoch)
         stored, self._stored_phase = self._stored_phase, None
-        if stored is not None and stored["index"] == index:
-            return Phase.from_state_dict(stored, tasks)
+        if stored is not None:
+            assert stored["index"] == index
+            phase = Phase.from_state_dict(stored, tasks)
+            found, wanted = len(phase.roots[0]), self._data.branching.num_roots
+            if found != wanted:
+                raise ConfigurationError(
+                    f"the checkpoint lies inside a rollout phase of {found} roots per prompt, this run has "
+                    f"data.branching.num_roots = {wanted}; resume with {found}"
+                )
+            return phase
         module = self._data.module
         phase = self.runner.begin(index, tasks)
+        # The noise floor decides where to branch: the same on every rank, measured on all tokens.
+        phase.gap = _gap_of_all_ranks(phase)
         module.on_phase_begin()
         return phase
 
@@ -293,14 +306,30 @@ class RolloutSource:
         """Position, and the roots of a phase that is not finished. Collective: rank 0's file holds all ranks' roots."""
         between_phases = self.position % self._visits_per_phase == 0
         own = None if self.phase is None or between_phases else self.phase.state_dict()
-        return {"epoch": self.epoch, "position": self.position, "phases": _gather(own, self._world_size)}
+        return {
+            "epoch": self.epoch,
+            "position": self.position,
+            "size": self._size(),
+            "phases": of_all_ranks(own),
+        }
+
+    def _size(self) -> tuple[int, int]:
+        return self._phases_per_epoch, self._visits_per_phase
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where ``state_dict`` was taken.
 
         Raises:
-            ConfigurationError: inside a phase, with another number of processes.
+            ConfigurationError: with phases or epochs of another size; inside a phase, with another number of processes.
         """
+        if tuple(state["size"]) != self._size():
+            then, now = (
+                f"{phases} phases of {visits} mini-batches" for phases, visits in (state["size"], self._size())
+            )
+            raise ConfigurationError(
+                f"the checkpoint's epochs have {then}, those of this run {now}; resume with the same data.train, "
+                "prompts_per_phase, prompts_per_mini_batch and epochs_per_phase"
+            )
         self.epoch, self.position = state["epoch"], state["position"]
         phases = state["phases"]
         if any(phase is not None for phase in phases):
@@ -312,14 +341,15 @@ class RolloutSource:
             self._stored_phase = phases[self._rank]
 
 
-def _gather(value: Any, world_size: int) -> list[Any]:
-    if world_size == 1:
-        return [value]
-    import torch.distributed as dist
-
-    parts: list[Any] = [None] * world_size
-    dist.all_gather_object(parts, value)
-    return parts
+def _gap_of_all_ranks(phase: Phase) -> LogprobGap:
+    tokens = sum(root.num_sampled for group in phase.roots for root in group)
+    parts = of_all_ranks((tokens, phase.gap.mean, phase.gap.rms, phase.gap.maximum))
+    total = max(1, sum(part[0] for part in parts))
+    return LogprobGap(
+        mean=sum(count * mean for count, mean, _, _ in parts) / total,
+        rms=math.sqrt(sum(count * rms**2 for count, _, rms, _ in parts) / total),
+        maximum=max(maximum for _, _, _, maximum in parts),
+    )
 
 
 class EvaluationSource:

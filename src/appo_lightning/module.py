@@ -171,7 +171,9 @@ class AppoModule(PolicyModule):
         micro_batches = self._micro_batches(batch)
         try:
             step = self.optimiser_step(
-                micro_batches, lambda part: self._loss(part, batch.temperature, num_tokens, metrics)
+                micro_batches,
+                lambda part: self._loss(part, batch.temperature, num_tokens, metrics),
+                idle=_idle_micro_batch(self.device),
             )
         except NonFiniteLossError as error:
             path = self._save_rollouts(batch)
@@ -296,6 +298,11 @@ class AppoModule(PolicyModule):
 def _chunks(lengths: Tensor, size: int) -> list[Tensor]:
     """Row indices in chunks of similar length, the longest first: memory peaks early."""
     return list(lengths.argsort(descending=True, stable=True).split(size)) if len(lengths) else []
+
+
+def _idle_micro_batch(device: torch.device) -> _MicroBatch:
+    nothing = torch.zeros((1, 1), device=device)
+    return _MicroBatch(_one_token().to(device), nothing, nothing, nothing, nothing)
 
 
 def _one_token() -> PaddedSequences:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any, TypeVar
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -50,6 +52,29 @@ class PolicyModule(L.LightningModule):
         self.strict_loading = policy.lora is None
         self.policy: CausalPolicy = None  # type: ignore[assignment]  # built in configure_model, under the strategy
 
+    def setup(self, stage: str) -> None:
+        strategy, precision = self.trainer.strategy, self.trainer.precision
+        if isinstance(strategy, FSDPStrategy | DeepSpeedStrategy):
+            raise ConfigurationError(
+                f"trainer.strategy: {type(strategy).__name__} is not supported, its weights cannot be gathered one by "
+                "one; use ddp, or lightning.pytorch.strategies.ModelParallelStrategy (FSDP2)"
+            )
+        if isinstance(strategy, ModelParallelStrategy):
+            if strategy.device_mesh["tensor_parallel"].size() != 1:
+                raise ConfigurationError(
+                    "trainer.strategy: weights are sharded over data-parallel ranks only; set tensor_parallel_size: 1 "
+                    f"and data_parallel_size: {self.trainer.world_size}"
+                )
+            if self.policy_options.lora is not None and strategy._save_distributed_checkpoint:
+                raise ConfigurationError(
+                    "trainer.strategy: a checkpoint of adapters alone is a single file; set "
+                    "save_distributed_checkpoint: false"
+                )
+        if precision == "16-mixed":
+            raise ConfigurationError(
+                "trainer.precision = 16-mixed scales the gradients, which are clipped here; use bf16-mixed"
+            )
+
     def configure_model(self) -> None:
         if self.policy is not None:
             return
@@ -57,6 +82,8 @@ class PolicyModule(L.LightningModule):
         with torch.random.fork_rng():
             torch.manual_seed(0)
             self.policy = CausalPolicy(self.policy_options)
+        # transformers loads in evaluation mode, in which gradient checkpointing does nothing.
+        self.policy.train(self.training)
         if self.device_mesh is not None:
             shard_policy(self.policy, self.device_mesh["data_parallel"])
         self.on_policy_built()
@@ -72,9 +99,24 @@ class PolicyModule(L.LightningModule):
             betas=options.betas,
             weight_decay=options.weight_decay,
         )
-        last_step = int(self.trainer.estimated_stepping_batches) if options.schedule != "constant" else 0
+        last_step = self._last_step() if options.schedule != "constant" else 0
         factor = learning_rate_factor(options.schedule, warmup_steps=options.warmup_steps, last_step=last_step)
         return [optimizer], [{"scheduler": LambdaLR(optimizer, factor), "interval": "step"}]
+
+    def _last_step(self) -> int:
+        """Optimiser steps of the whole run; ``sys.maxsize`` if it has no end."""
+        # trainer.estimated_stepping_batches builds the training source, which then misses its state at a resume.
+        trainer = self.trainer
+        limits = [sys.maxsize]
+        if trainer.max_steps != -1:
+            limits.append(trainer.max_steps)
+        if trainer.max_epochs is not None and trainer.max_epochs != -1:
+            data: Any = trainer.datamodule  # type: ignore[attr-defined]
+            batches, limit = len(data.train_dataloader()), trainer.limit_train_batches
+            # Lightning's meaning: a float is a share, an integer a number.
+            batches = int(batches * limit) if isinstance(limit, float) else min(batches, limit or batches)
+            limits.append(trainer.max_epochs * batches)
+        return min(limits)
 
     # --- scoring -------------------------------------------------------------------------------------------------
 
@@ -110,28 +152,35 @@ class PolicyModule(L.LightningModule):
         torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX)
         return int(tensor)
 
-    def optimiser_step(self, micro_batches: Sequence[M], loss_of: Callable[[M], Tensor]) -> StepResult:
+    def optimiser_step(
+        self, micro_batches: Sequence[M], loss_of: Callable[[M], Tensor], *, idle: M | None = None
+    ) -> StepResult:
         """Accumulate the gradient of ``sum(loss_of(m))`` over micro-batches and ranks, clip it, step.
 
         Args:
             micro_batches: at least one on every rank.
             loss_of: differentiable share of the global loss; already divided by global counts.
+            idle: a micro-batch whose loss is 0, for ranks that have fewer than others; None repeats the last one
+                without its gradient.
 
         Raises:
-            NonFiniteLossError: a loss or the gradient norm is NaN or infinite; weights are untouched.
+            NonFiniteLossError: a loss or the gradient norm is NaN or infinite, on any rank: all ranks raise, no
+                weight has changed.
         """
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
         # FSDP2 gathers weights in every forward: all ranks run the same number of them.
         rounds = self.global_max(len(micro_batches))
+        losses = []
         for index in range(rounds):
             with self._gradient_sync(last=index == rounds - 1):
                 own = index < len(micro_batches)
-                loss = loss_of(micro_batches[index if own else -1])
-                if not torch.isfinite(loss):
-                    raise NonFiniteLossError(f"the loss is {loss.item()} at step {self.global_step}")
+                part = micro_batches[index] if own else micro_batches[-1] if idle is None else idle
+                loss = loss_of(part)
+                losses.append(loss.detach())
                 # Strategies average gradients over ranks; ours is a sum.
                 self.manual_backward(loss * (self.trainer.world_size if own else 0.0))
+        self._require_finite(torch.stack(losses))
         grad_norm = self._clip_gradients()
         if not torch.isfinite(grad_norm):
             raise NonFiniteLossError(f"the gradient norm is {grad_norm.item()} at step {self.global_step}")
@@ -140,6 +189,14 @@ class PolicyModule(L.LightningModule):
         scheduler: Any = self.lr_schedulers()
         scheduler.step()
         return StepResult(grad_norm=grad_norm.item(), learning_rate=learning_rate)
+
+    def _require_finite(self, losses: Tensor) -> None:
+        # One question for all micro-batches: asking each would stop an accelerator each time. All ranks answer
+        # together: one that raised alone would leave the others waiting for it.
+        broken = losses[~torch.isfinite(losses)]
+        if self.global_max(len(broken)):
+            found = f"{broken[0].item()}" if len(broken) else "NaN or infinite on another process"
+            raise NonFiniteLossError(f"the loss is {found} at step {self.global_step}")
 
     def _gradient_sync(self, *, last: bool) -> AbstractContextManager:
         if hasattr(self.policy, "set_requires_gradient_sync"):
@@ -160,9 +217,21 @@ class PolicyModule(L.LightningModule):
         if self.policy_options.lora is not None:
             trained = {f"policy.{name}" for name, _ in self.policy.trainable()}
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+            if not isinstance(self.trainer.strategy, ModelParallelStrategy) and "optimizer_states" in checkpoint:
+                checkpoint["optimizer_states"] = [self._renumbered(s) for s in checkpoint["optimizer_states"]]
+
+    def _renumbered(self, state: dict[str, Any]) -> dict[str, Any]:
+        """An optimiser's state that loads under FSDP2 too: Lightning counts all parameters there, torch the trained."""
+        numbers = [number for number, parameter in enumerate(self.parameters()) if parameter.requires_grad]
+        return {
+            "state": {numbers[i]: moments for i, moments in state["state"].items()},
+            "param_groups": [
+                {**group, "params": [numbers[i] for i in group["params"]]} for group in state["param_groups"]
+            ],
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self.policy is None:
+        if self.policy is None or "state_dict" not in checkpoint:  # a sharded one is checked as it is loaded
             return
         stored = set(checkpoint["state_dict"])
         missing = {f"policy.{name}" for name, _ in self.policy.trainable()} - stored
@@ -179,12 +248,14 @@ class PolicyModule(L.LightningModule):
 
         Collective under sharding: every rank calls it, rank 0 writes.
         """
-        weights = (
-            {name: tensor.cpu() for name, tensor in self.policy.named_weights()}
-            if merge
-            else self.policy.adapter_weights()
-        )
-        if self._trainer is None or self.trainer.is_global_zero:
+        if not merge and self.policy_options.lora is None:
+            raise ConfigurationError("merge = False exports LoRA adapters, this policy has none; use merge = True")
+        writes = self._trainer is None or self.trainer.is_global_zero
+        weights: dict[str, Tensor] = {}
+        for name, tensor in self.policy.named_weights() if merge else self.policy.adapter_weights().items():
+            if writes:  # the others only take part in gathering
+                weights[name] = tensor.cpu()
+        if writes:
             self.policy.save(directory, weights)
         if self._trainer is not None:
             self.trainer.strategy.barrier()

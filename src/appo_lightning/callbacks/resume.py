@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from appo_lightning.metrics import of_all_ranks
+
 
 class RandomState(L.Callback):
     """Saves the random states of Python, NumPy and torch of every rank, and restores them before the first draw."""
@@ -22,12 +24,7 @@ class RandomState(L.Callback):
         self._stored: list[dict[str, Any]] | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        own = _random_state()
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return {"ranks": [own]}
-        states: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(states, own)
-        return {"ranks": states}
+        return {"ranks": of_all_ranks(_random_state())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._stored = state_dict["ranks"]
@@ -71,7 +68,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         target = Path(path).absolute()
         target.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in target.parent.glob(f".{target.name}.*.tmp"):
+        # What a kill left behind; only one process of a run writes here.
+        for leftover in target.parent.glob(f".*{target.suffix}.*.tmp"):
             leftover.unlink(missing_ok=True)
         temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         try:
@@ -80,8 +78,17 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(target)
+            _flush_directory(target.parent)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _flush_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 class GracefulStop(L.Callback):

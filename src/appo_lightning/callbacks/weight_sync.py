@@ -10,7 +10,7 @@ import torch
 
 from appo_lightning.datamodule import RolloutDataModule
 from appo_lightning.errors import ConfigurationError, WeightSyncError
-from appo_lightning.metrics import MetricSums, log_metrics
+from appo_lightning.metrics import MetricSums, log_metrics, of_all_ranks
 from appo_lightning.module import AppoModule
 from appo_lightning.samplers.base import SampleRequest, generate
 from appo_lightning.types import Trajectory
@@ -74,7 +74,7 @@ class SamplerWeightSync(L.Callback):
         if not data.sampler.provides_logprobs:
             return
         if not self._prompts:
-            source = data.validation
+            source = data.validation if len(data.validation) else data.train
             self._prompts = [
                 data.task(source, index).prompt_ids for index in range(min(self.canary_prompts, len(source)))
             ]
@@ -91,16 +91,18 @@ class SamplerWeightSync(L.Callback):
         gaps = torch.cat(
             [(s.logprobs - torch.tensor(t.behaviour_logprobs)).abs() for s, t in zip(scored, trajectories, strict=True)]
         )
-        gap = float(gaps.mean()) if len(gaps) else 0.0
-        self._metrics.add("sync/canary_gap", gap)
+        self._metrics.add("sync/canary_gap", gaps.mean())
         limit = self.tolerance if self.tolerance is not None else _TOLERANCE[module.policy_options.dtype]
-        # A NaN must fail too.
-        if not gap <= limit:
-            raise WeightSyncError(
-                f"after a weight push the sampler's log-probs differ from the trainer's by {gap:.3g} nats on average "
-                f"(limit {limit:g}): the sampler does not hold the trainer's weights. Largest difference "
-                f"{float(gaps.max()):.3g}. If the two only differ in precision, raise sync.tolerance"
-            )
+        # Every rank has its own engine; all fail together, or the others would wait for the one that did.
+        for rank, (gap, largest) in enumerate(of_all_ranks((float(gaps.mean()), float(gaps.max())))):
+            # A NaN must fail too.
+            if not gap <= limit:
+                where = f" on rank {rank}" if data.trainer is not None and data.trainer.world_size > 1 else ""
+                raise WeightSyncError(
+                    f"after a weight push the sampler's log-probs differ from the trainer's by {gap:.3g} nats on "
+                    f"average{where} (limit {limit:g}): the sampler does not hold the trainer's weights. Largest "
+                    f"difference {largest:.3g}. If the two only differ in precision, raise sync.tolerance"
+                )
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
