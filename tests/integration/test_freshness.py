@@ -1,0 +1,197 @@
+"""What is sampled comes from the weights that it should come from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor
+
+from appo_lightning.callbacks import SamplerWeightSync
+from appo_lightning.errors import WeightSyncError
+from appo_lightning.rollout.tree import BranchingOptions
+from appo_lightning.samplers.base import Completion, SampleRequest
+from appo_lightning.samplers.transformers import TransformersSampler
+from appo_lightning.tasks.lookup import LookupTasks
+from helpers.training import Run, fit, make_checkpoint
+
+GRPO = BranchingOptions(4, 4)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_checkpoint(tmp_path_factory.mktemp("policy"), hidden_size=32, num_layers=1)
+
+
+class Chronicle(TransformersSampler):
+    """Writes down, in order: pushes, sampling with a digest of the weights; steps are added by ``Steps``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events: list[tuple[str, Any]] = []
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        super().load_weights(weights)
+        self.events.append(("push", self.digest()))
+
+    def step(self) -> list[Completion]:
+        if self.num_unfinished:
+            self.events.append(("sample", self.digest()))
+        return super().step()
+
+    def digest(self) -> float:
+        assert self._model is not None
+        return digest(self._model)
+
+
+def digest(model: torch.nn.Module) -> float:
+    """A number that changes with any weight."""
+    with torch.no_grad():
+        return float(sum(parameter.double().square().sum() for parameter in model.parameters()))
+
+
+class Steps(L.Callback):
+    """Adds the trainer's steps to the chronicle, with the weights after them."""
+
+    def __init__(self, sampler: Chronicle) -> None:
+        self.sampler = sampler
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self.sampler.events.append(("step", digest(pl_module.policy)))
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
+        self.sampler.events.append(("step", digest(pl_module.policy)))
+
+
+def chronicle(run: Run) -> tuple[Chronicle, Any]:
+    sampler = Chronicle()
+    return sampler, fit(run, [Steps(sampler)], sampler)
+
+
+def test_batch_k_plus_1_is_sampled_with_the_weights_of_step_k(checkpoint) -> None:
+    run = Run(checkpoint, max_steps=4, prompts_per_phase=4, branching=GRPO)
+    sampler, result = chronicle(run)
+    assert result.versions == {step: [step] * 16 for step in range(4)}
+    events = [(kind, value) for kind, value in sampler.events if kind != "push"]
+    trainer_weights = None
+    sampled_after_step = []
+    for kind, value in events:
+        if kind == "step":
+            trainer_weights = value
+            sampled_after_step.append(0)
+        else:
+            assert value == pytest.approx(trainer_weights, rel=1e-12)
+            sampled_after_step[-1] += 1
+    # Start, four steps; nothing is sampled in advance of the last step's successor.
+    assert [bool(count) for count in sampled_after_step] == [True, True, True, True, False]
+    digests = [value for kind, value in sampler.events if kind == "push"]
+    assert len(set(digests)) == len(digests) == 4
+
+
+def test_roots_of_a_phase_share_one_version_and_branches_have_the_current_one(checkpoint) -> None:
+    run = Run(checkpoint, max_steps=8, epochs_per_phase=2, train_branches=True)
+    sampler, result = chronicle(run)
+    for step in range(8):
+        phase_began = 4 * (step // 4)
+        assert result.versions[step][:8] == [phase_began] * 8
+        assert result.branch_versions[step]
+        assert set(result.branch_versions[step]) == {step}
+    # A push before every step: roots of the phase or branches of the mini-batch.
+    assert sum(kind == "push" for kind, _ in sampler.events) == 8
+
+
+def test_without_branches_the_sampler_is_synced_once_a_phase(checkpoint) -> None:
+    sampler, result = chronicle(Run(checkpoint, max_steps=4, branching=GRPO))
+    assert sum(kind == "push" for kind, _ in sampler.events) == 2
+    assert result.versions == {0: [0] * 16, 1: [0] * 16, 2: [2] * 16, 3: [2] * 16}
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_validation_samples_with_the_current_weights_and_disturbs_nothing(checkpoint, lora) -> None:
+    run = Run(checkpoint, max_steps=4, lora=lora)
+    plain = fit(run)
+    validated = Run(checkpoint, max_steps=4, lora=lora)
+    validated.trainer = {"limit_val_batches": 1.0, "val_check_interval": 1, "check_val_every_n_epoch": None}
+    sampler, result = chronicle(validated)
+    assert result.rollouts == plain.rollouts
+    assert result.series("loss/policy") == plain.series("loss/policy")
+    assert all((result.weights[name] == weight).all() for name, weight in plain.weights.items())
+    assert len(result.series("val/reward")) == 4
+    assert sum(kind == "push" for kind, _ in sampler.events) == 5
+
+
+def test_validate_then_fit_equals_fit(checkpoint) -> None:
+    plain = fit(Run(checkpoint, max_steps=2))
+    run = Run(checkpoint, max_steps=2, trainer={"limit_val_batches": 1.0, "check_val_every_n_epoch": 100})
+    module, data = run.module(), run.data()
+    trainer = run.make_trainer()
+    (before,) = trainer.validate(module, data, verbose=False)
+    trainer.fit(module, datamodule=data)
+    (after,) = trainer.validate(module, data, verbose=False)
+    assert before["val/tasks"] == after["val/tasks"] == 5
+    assert before["val/reward"] != after["val/reward"]
+    for name, weight in module.policy.named_weights():
+        assert (weight.detach().numpy() == plain.weights[name]).all()
+    data.close()
+
+
+class Deaf(TransformersSampler):
+    """Says that it takes weights in, and keeps its own."""
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        for _ in weights:
+            pass
+
+
+class Mumbling(TransformersSampler):
+    """Returns log-probs that are not numbers."""
+
+    def step(self) -> list[Completion]:
+        done = super().step()
+        for completion in done:
+            completion.logprobs = [float("nan")] * len(completion.logprobs)
+        return done
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_canary_notices_a_sampler_that_ignores_weights(checkpoint, lora) -> None:
+    with pytest.raises(WeightSyncError, match=r"differ from the trainer's by .* nats on average \(limit 0.001\)"):
+        fit(Run(checkpoint, lora=lora), sampler=Deaf())
+
+
+def test_the_canary_notices_nan(checkpoint) -> None:
+    with pytest.raises(WeightSyncError, match="by nan nats"):
+        fit(Run(checkpoint), sampler=Mumbling())
+
+
+def test_the_canary_needs_no_validation_questions(checkpoint) -> None:
+    class NoTasks(LookupTasks):
+        def __len__(self) -> int:
+            return 0
+
+    run = Run(checkpoint, max_steps=1)
+    trainer, data = run.make_trainer(), run.data()
+    data.validation = NoTasks()
+    trainer.fit(run.module(), datamodule=data)
+    assert any("sync/canary_gap" in step for step in trainer.logger.steps.values())
+
+
+def test_the_canary_can_be_turned_off(checkpoint) -> None:
+    asked: list[SampleRequest] = []
+
+    class Listening(Deaf):
+        def submit(self, request: SampleRequest) -> None:
+            asked.append(request)
+            super().submit(request)
+
+    run = Run(checkpoint, max_steps=1, branching=GRPO)
+    trainer = run.make_trainer()
+    trainer.callbacks = [
+        SamplerWeightSync(canary_prompts=0) if isinstance(callback, SamplerWeightSync) else callback
+        for callback in trainer.callbacks
+    ]
+    trainer.fit(run.module(), datamodule=run.data(Listening()))
+    assert all(request.max_tokens > 8 for request in asked[:32])
