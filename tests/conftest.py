@@ -4,6 +4,11 @@ import json
 import os
 from pathlib import Path
 
+# Before torch is imported: on a busy machine a second spinning thread makes tiny models several times slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,6 +168,7 @@ class AppoModule(PolicyModule):
                 "batch.advantages is None: add appo_lightning.callbacks.ProcedureAdvantageScaling to trainer.callbacks"
             )
         num_tokens = self.global_sum(batch.mask.sum().float()).clamp(min=1)
+        started = time.monotonic()
         metrics = MetricSums()
         micro_batches = self._micro_batches(batch)
         try:
@@ -180,6 +182,9 @@ class AppoModule(PolicyModule):
             raise NonFiniteLossError(f"{error}; the rollouts of this step are in {path}") from error
         metrics.add_all({"loss/grad_norm": step.grad_norm, "loss/learning_rate": step.learning_rate})
         metrics.add("loss/tokens", float(num_tokens))
+        seconds = time.monotonic() - started
+        metrics.add("time/update", seconds)
+        metrics.add("time/trained_tokens_per_second", float(num_tokens) / seconds)
         log_metrics(self.trainer, metrics)
 
     def _loss(self, part: _MicroBatch, temperature: float, num_tokens: Tensor, metrics: MetricSums) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,7 +14,7 @@ from appo_lightning.batching import ProcedureBatch
 from appo_lightning.datamodule import RolloutDataModule
 from appo_lightning.errors import ConfigurationError
 from appo_lightning.metrics import MetricSums, log_metrics, tensorboard_writer
-from appo_lightning.reports.text import render_tree
+from appo_lightning.reports.text import most_telling, render_tree
 from appo_lightning.rollout.phase import PhaseRunner, PhaseTimes
 from appo_lightning.types import StopReason
 
@@ -31,7 +32,10 @@ class RolloutStatistics(L.Callback):
         if text_every < 0:
             raise ConfigurationError(f"rollout_statistics.text_every must be at least 0, got {text_every}")
         self.text_every = text_every
-        self._last_end: float | None = None
+        self._last_end = 0.0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._last_end = time.monotonic()
 
     def on_train_batch_end(
         self,
@@ -58,6 +62,9 @@ class RolloutStatistics(L.Callback):
         metrics.add("rollout/equal_groups", [float(value == 0) for value in spread])
         metrics.add("policy/entropy", batch.entropies[batch.mask])
         self._add_phase(trainer, metrics)
+        now = time.monotonic()
+        metrics.add("time/step", now - self._last_end)  # from the end of one mini-batch to the end of the next
+        self._last_end = now
         means = log_metrics(trainer, metrics)
         pl_module.log("reward", means.get("rollout/reward", 0.0), prog_bar=True, logger=False)
         if self.text_every and batch_idx % self.text_every == 0:
@@ -89,7 +96,7 @@ class RolloutStatistics(L.Callback):
 
     def _write_text(self, trainer: L.Trainer, batch: ProcedureBatch, directory: str | None) -> None:
         module: Any = trainer.lightning_module
-        text = render_tree(batch.trees[0], module.policy.tokenizer)
+        text = render_tree(most_telling(batch.trees), module.policy.tokenizer)
         for logger in trainer.loggers:
             writer = tensorboard_writer(logger)
             if writer is not None:
