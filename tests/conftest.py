@@ -9,9 +9,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import hypothesis
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
+# A shared machine stalls now and then: that is no property of the code.
+hypothesis.settings.register_profile("steady", deadline=None)
+hypothesis.settings.load_profile("steady")
 
 # The published files lost the "\b" of "\boxed" to a backspace character.
 SYSTEM = "Answer inside <answer> </answer>, for example \\[ \x08oxed{answer here} \\]; the end is in \x08oxed{}."
