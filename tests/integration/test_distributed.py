@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 from collections.abc import Callable
@@ -424,3 +425,26 @@ def test_a_checkpoint_in_shards_continues_exactly_too(checkpoint, two_ranks, tmp
     for rank in range(2):
         assert resumed[rank].rollouts == {step: whole[rank].rollouts[step] for step in (1, 2)}
         assert_equal_weights(resumed[rank], whole[rank])
+
+
+def fit_vllm(run: Run) -> Result:
+    from appo_lightning.samplers.vllm import VLLMSampler
+
+    return fit(run, sampler=VLLMSampler(kv_cache_mb=64))
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+def test_every_rank_has_an_engine_of_its_own_with_the_trainers_weights(checkpoint) -> None:
+    run = Run(checkpoint, max_steps=3, prompts_per_phase=4, lora=True, strategy="ddp")
+    ranks = run_ranks(fit_vllm, run, timeout=240.0)
+    gaps = ranks[0].series("sync/canary_gap")
+    assert len(gaps) == 3
+    assert max(gaps) < 1e-4
+    assert max(ranks[0].series("sync/logprob_gap_max")) < 1e-3
+    assert ranks[0].series("rollout/cached_token_share")[0] > 0  # branches continue what the engine has seen
+    assert_equal_weights(ranks[0], ranks[1])
+    for step in range(3):
+        assert not set(ranks[0].rollouts[step]) & set(ranks[1].rollouts[step])
+        assert all(set(rank.branch_versions[step]) <= {step} for rank in ranks)
