@@ -86,6 +86,18 @@ class ProcedureBatch:
         return replace(self, **moved)
 
 
+class EvaluationBatch:
+    """Rollouts of validation questions; not a container that Lightning would walk through."""
+
+    def __init__(self, trees: list[RolloutTree], seconds: float) -> None:
+        self.trees, self.seconds = trees, seconds
+
+    @property
+    def trajectories(self) -> list[Trajectory]:
+        """All rollouts."""
+        return [root for tree in self.trees for root in tree.roots]
+
+
 def pad_trajectories(trajectories: Sequence[Trajectory]) -> PaddedSequences:
     """Trajectories as rows, in order."""
     width = max((len(t.prompt_ids) + len(t.response_ids) for t in trajectories), default=1)

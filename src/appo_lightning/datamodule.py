@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
 
 import lightning as L
 from torch import Tensor
 
-from appo_lightning.batching import ProcedureBatch, TraceScores
+from appo_lightning.batching import EvaluationBatch, ProcedureBatch, TraceScores
 from appo_lightning.errors import ConfigurationError, DataError
 from appo_lightning.metrics import of_all_ranks
+from appo_lightning.module import AppoModule
 from appo_lightning.rewards.base import Reward
 from appo_lightning.rollout.loop import Prefix, RolloutLimits, RolloutLoop
 from appo_lightning.rollout.phase import LogprobGap, Phase, PhaseRunner
@@ -23,10 +24,6 @@ from appo_lightning.samplers.base import Sampler
 from appo_lightning.tasks.base import TaskSource
 from appo_lightning.tools.base import Tool
 from appo_lightning.types import RolloutTree, Task, Trajectory
-
-if TYPE_CHECKING:
-    from appo_lightning.callbacks.weight_sync import SamplerWeightSync
-    from appo_lightning.module import AppoModule
 
 
 class RolloutDataModule(L.LightningDataModule):
@@ -105,7 +102,7 @@ class RolloutDataModule(L.LightningDataModule):
         self.validation_rollouts = validation_rollouts
         self.validation_temperature = validation_temperature
         self.seed = seed
-        self.weight_sync: SamplerWeightSync | None = None  # sets itself
+        self.push_weights: Callable[[], None] | None = None  # set by SamplerWeightSync
         self.source: RolloutSource | None = None
         self._started = False
 
@@ -146,7 +143,7 @@ class RolloutDataModule(L.LightningDataModule):
     def module(self) -> AppoModule:
         """The bare module, also under DDP."""
         assert self.trainer is not None
-        return cast("AppoModule", self.trainer.lightning_module)
+        return cast(AppoModule, self.trainer.lightning_module)
 
     def start_sampler(self) -> None:
         """Start the engine once; late, so that the process group exists before it."""
@@ -165,13 +162,13 @@ class RolloutDataModule(L.LightningDataModule):
 
     def sync_sampler(self) -> None:
         """Give the sampler the current weights, if it has others, and prove that they arrived."""
-        if self.weight_sync is None:
+        if self.push_weights is None:
             raise ConfigurationError(
                 "nothing pushes weights to the sampler: add appo_lightning.callbacks.SamplerWeightSync "
                 "to trainer.callbacks"
             )
         self.start_sampler()
-        self.weight_sync.push_if_moved()
+        self.push_weights()
 
     def loop(self, limits: RolloutLimits) -> RolloutLoop:
         """A rollout loop under some limits."""
@@ -387,15 +384,3 @@ class EvaluationSource:
             score_rewards(data.reward, task, roots)
             trees.append(RolloutTree(task, roots))
         yield EvaluationBatch(trees, loop.statistics.seconds)
-
-
-class EvaluationBatch:
-    """Rollouts of validation questions; not a container that Lightning would walk through."""
-
-    def __init__(self, trees: list[RolloutTree], seconds: float) -> None:
-        self.trees, self.seconds = trees, seconds
-
-    @property
-    def trajectories(self) -> list[Trajectory]:
-        """All rollouts."""
-        return [root for tree in self.trees for root in tree.roots]

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from appo_lightning.algorithm import clipped_policy_loss, kl_penalty, truncated_importance_weight
-from appo_lightning.batching import PaddedSequences, ProcedureBatch, TraceScores, pad_trajectories
-from appo_lightning.datamodule import EvaluationBatch
+from appo_lightning.batching import EvaluationBatch, PaddedSequences, ProcedureBatch, TraceScores, pad_trajectories
 from appo_lightning.errors import ConfigurationError, NonFiniteLossError
 from appo_lightning.metrics import MetricSums, log_metrics
 from appo_lightning.policy.causal_lm import TokenScores

@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning as L
 
-from appo_lightning.datamodule import EvaluationBatch
+from appo_lightning.batching import EvaluationBatch
 from appo_lightning.policy_module import PolicyModule
 from appo_lightning.reports.text import render_tree
 from appo_lightning.rollout.serialise import tree_to_dict

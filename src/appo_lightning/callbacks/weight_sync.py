@@ -47,7 +47,7 @@ class SamplerWeightSync(L.Callback):
         data = getattr(trainer, "datamodule", None)
         if not isinstance(data, RolloutDataModule):
             raise ConfigurationError(f"SamplerWeightSync needs a RolloutDataModule, got {type(data).__name__}")
-        data.weight_sync = self
+        data.push_weights = self.push_if_moved
         self._data = data
         self._pushed = None  # a checkpoint may have been restored since
 
