@@ -260,6 +260,9 @@ def collect_weights(run: Run, directory: str) -> dict[str, Any]:
     trainer = run.make_trainer([recorder])
     trainer.fit(module, datamodule=data)
     before = result_of(trainer, module, recorder)
+    # A forward pass without gradient leaves the root's parameters gathered.
+    roots = [root for group in data.source.phase.roots for root in group]  # type: ignore[union-attr]
+    module.score(roots, temperature=1.0)
     snapshot = PolicySnapshot(module.policy)
     whole = snapshot.state_dict()
     shards = sum(tensor.numel() for tensor in snapshot._saved.values())
@@ -272,8 +275,6 @@ def collect_weights(run: Run, directory: str) -> dict[str, Any]:
     with torch.no_grad():
         for _, parameter in module.policy.trainable():
             parameter.sub_(1.0)
-    # A forward pass without gradient leaves the root's parameters gathered.
-    roots = [root for group in data.source.phase.roots for root in group]  # type: ignore[union-attr]
     module.score(roots, temperature=1.0)
     after = result_of(trainer, module, recorder)
     module.export(directory)
