@@ -78,6 +78,7 @@ def create_tiny_policy(directory: str | Path, seed: int = 0, *, hidden_size: int
     """
     import torch
     from transformers import GenerationConfig, Qwen3ForCausalLM
+    from transformers.utils import logging as transformers_logging
 
     from appo_lightning.tasks.lookup.tokenizer import MAX_LENGTH, build_tokenizer
 
@@ -97,6 +98,7 @@ def create_tiny_policy(directory: str | Path, seed: int = 0, *, hidden_size: int
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+    transformers_logging.disable_progress_bar()
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path

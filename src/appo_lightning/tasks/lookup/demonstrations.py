@@ -39,7 +39,7 @@ class LookupDemonstrations(DemonstrationSource):
 
     def __init__(
         self,
-        size: int = 1_000_000,
+        size: int = 100_000,
         seed: int = 0,
         hops: Sequence[float] = (1, 1, 1, 1),
         error_rate: float = 0.2,
