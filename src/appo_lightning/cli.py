@@ -44,6 +44,8 @@ def main(args: Sequence[str] | None = None) -> int:
     # Idle OpenMP threads that spin take the core from the engine's.
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # The engine's notes about memory nodes are no news to a user.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         return _dispatch(arguments[0], arguments[1:])
     except AppoError as error:

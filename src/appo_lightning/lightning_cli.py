@@ -233,7 +233,7 @@ def run(command: str, arguments: list[str]) -> int:
         raise ConfigurationError(
             f"stage 'sft' knows fit only, got {command!r}; evaluate its export with an appo config"
         )
-    _quieten_lightning()
+    _quieten_libraries()
     cli: AppoCLI | None = None
     try:
         cli = AppoCLI(stage, command, arguments)
@@ -243,8 +243,9 @@ def run(command: str, arguments: list[str]) -> int:
     return 128 + stopped[0] if stopped and stopped[0] else 0
 
 
-def _quieten_lightning() -> None:
-    """Drop Lightning's advertisements and hints that do not apply to us; its warnings stay."""
+def _quieten_libraries() -> None:
+    """Drop advertisements and hints that do not apply to us; other warnings stay."""
+    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # it is for GPUs
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(lambda record: not record.getMessage().startswith(("💡", "TPU available")))
     # The policy is built in evaluation mode by transformers; dropout is no part of it.
@@ -275,7 +276,7 @@ def run_export(arguments: list[str]) -> int:
     cli = AppoCLI(find_stage(source), "fit", source, execute=False)
     module = cli.model
     assert isinstance(module, PolicyModule)
-    _quieten_lightning()
+    _quieten_libraries()
     if options.adapters and module.policy_options.lora is None:
         raise ConfigurationError("--adapters: this policy was trained without LoRA; leave the flag out")
     module.configure_model()
