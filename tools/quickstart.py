@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -87,7 +88,10 @@ class QuickStart:
         self._console.rule(f"[bold]{name}", align="left")
         self._console.print(f"appo {' '.join(arguments)}", style="dim", highlight=False, soft_wrap=True)
         started = time.monotonic()
-        code = subprocess.run([sys.executable, "-m", "appo_lightning.cli", *arguments], check=False).returncode
+        # A model this small gains nothing from a second thread, and loses much when the machine has other work.
+        environment = {"OMP_NUM_THREADS": "1", **os.environ}
+        command = [sys.executable, "-m", "appo_lightning.cli", *arguments]
+        code = subprocess.run(command, env=environment, check=False).returncode
         if code != 0:
             self._console.print(f"stage '{name}' ended with exit code {code}", style="red")
             sys.exit(code)
