@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from appo_lightning.cli_parser import ShortErrorParser
-from appo_lightning.lightning_cli import AppoCLI, find_stage
+from appo_lightning.lightning_cli import find_stage
+from helpers.parsed import ParsedOnly
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 QUICKSTART = CONFIGS / "quickstart" / "appo.yaml"
@@ -15,19 +16,9 @@ WHOLE = sorted({*CONFIGS.glob("quickstart/*.yaml"), *CONFIGS.glob("data/*.yaml")
 OVERLAYS = sorted({*CONFIGS.glob("algorithm/*.yaml"), *CONFIGS.glob("trainer/*.yaml")})
 
 
-class _ParsedOnly(AppoCLI):
-    """The command line up to the validated config."""
-
-    def before_instantiate_classes(self) -> None: ...
-
-    def instantiate_classes(self) -> None: ...
-
-    def _set_seed(self) -> None: ...
-
-
 def _parse(*configs: Path) -> dict:
     arguments = [argument for config in configs for argument in ("--config", str(config))]
-    cli = _ParsedOnly(find_stage(arguments), "fit", arguments, execute=False)
+    cli = ParsedOnly(find_stage(arguments), "fit", arguments, execute=False)
     assert isinstance(cli.parser, ShortErrorParser)
     return cli.config["fit"].as_dict()
 
