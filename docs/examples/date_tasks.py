@@ -46,23 +46,28 @@ class DateDemonstrations(DemonstrationSource):
     Args:
         size: number of demonstrations.
         seed: use another one than for training and validation.
+        error_rate: share of the solutions that ask for a wrong date: what reinforcement learning has to repair.
     """
 
-    def __init__(self, size: int = 1000, seed: int = 1) -> None:
+    def __init__(self, size: int = 1000, seed: int = 1, error_rate: float = 0.0) -> None:
         self._tasks = DateTasks(size, seed)
+        self.error_rate = error_rate
 
     def __len__(self) -> int:
         return len(self._tasks)
 
     def demonstration(self, index: int) -> Demonstration:
-        task, (first, last) = self._tasks.row(index), self._tasks.dates(index)
-        answer = task.references[0]
+        first, last = self._tasks.dates(index)
+        rng = random.Random(f"demonstration/{index}")
+        if rng.random() < self.error_rate:
+            last += timedelta(days=rng.randrange(1, 10))
+        days = abs((last - first).days)
         response = (
-            f"<think> count</think><days>{first} {last}</days><result>{answer}</result>"
-            f"<think> answer</think><answer>\\boxed{{{answer}}}</answer>"
+            f"<think> count</think><days>{first} {last}</days><result>{days}</result>"
+            f"<think> answer</think><answer>\\boxed{{{days}}}</answer>"
         )
         # Text inside <result> is shown to the policy, and not trained on: a tool wrote it.
-        return Demonstration(task.messages, split_results(response))
+        return Demonstration(self._tasks.row(index).messages, split_results(response))
 
 
 if __name__ == "__main__":
