@@ -21,6 +21,12 @@ from rich.table import Table
 
 APPO_CONFIG = "configs/quickstart/appo.yaml"
 SFT_CONFIG = "configs/quickstart/sft.yaml"
+# Every stage in seconds instead of minutes: shows that they work together, teaches nothing.
+SMOKE = {
+    "sft": ("--data.steps", "32", "--data.batch_size", "4"),
+    "appo": ("--trainer.max_steps", "1", "--data.prompts_per_phase", "4", "--data.prompts_per_mini_batch", "4"),
+    "validate": ("--data.validation.init_args.size", "8"),
+}
 
 
 @dataclass
@@ -40,11 +46,13 @@ class QuickStart:
     Args:
         folder: everything is written below it.
         extra: further arguments of the reinforcement-learning stage, such as a second ``--config``.
+        smoke: run every stage for a moment only.
         console: where the report goes.
     """
 
-    def __init__(self, folder: Path, extra: list[str], console: Console) -> None:
+    def __init__(self, folder: Path, extra: list[str], *, smoke: bool, console: Console) -> None:
         self._folder, self._extra, self._console = folder, extra, console
+        self._short = SMOKE if smoke else {"sft": (), "appo": (), "validate": ()}
         self.seconds: dict[str, float] = {}
         self.measurements: list[Measurement] = []
 
@@ -57,13 +65,14 @@ class QuickStart:
             "SFT cold start",
             *("fit", "--config", SFT_CONFIG),
             *("--model.policy.path", str(tiny), "--output_dir", str(self._folder / "sft"), "--export.path", str(cold)),
+            *self._short["sft"],
         )
         self._validate("after SFT", cold)
         self._stage(
             "APPO",
             *("fit", "--config", APPO_CONFIG, *self._extra),
             *("--model.policy.path", str(cold), "--output_dir", str(self._folder / "appo")),
-            *("--export.path", str(trained)),
+            *("--export.path", str(trained), *self._short["appo"]),
         )
         self._validate("after APPO", trained)
 
@@ -72,6 +81,7 @@ class QuickStart:
         self._stage(
             f"validate, {label}",
             *("validate", "--config", APPO_CONFIG, "--model.policy.path", str(policy), "--output_dir", str(output)),
+            *self._short["validate"],
         )
         found = json.loads((output / "validation.json").read_text())
         self.measurements.append(
@@ -128,9 +138,10 @@ def main() -> None:
     """Parse arguments and run; unknown arguments go to the reinforcement-learning stage."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("runs/quickstart"))
+    parser.add_argument("--smoke", action="store_true", help="every stage for a moment only")
     options, extra = parser.parse_known_args()
     shutil.rmtree(options.folder, ignore_errors=True)
-    quick_start = QuickStart(options.folder, extra, Console())
+    quick_start = QuickStart(options.folder, extra, smoke=options.smoke, console=Console())
     quick_start.run()
     quick_start.report()
 
