@@ -10,6 +10,8 @@ from typing import Any, NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
 
+from appo_lightning.registry import component_names
+
 _UNKNOWN = re.compile(
     r"option '([\w.]+)'|unrecognized arguments: --?([\w.]+)|Option '([\w.]+)' is not accepted|"
     r"Key '([\w.]+)' is not expected|Group '[\w.]*' does not accept nested key '([\w.]+)'"
@@ -38,13 +40,20 @@ class ShortErrorParser(LightningArgumentParser):
     def _hint(self, text: str) -> str:
         match = _UNKNOWN.search(text)
         if match is None:
-            return ""
+            return ", ".join(_near_class_names(text))
         unknown = next(group for group in match.groups() if group)
         known = _known_keys(self)
         leaf = unknown.rsplit(".", 1)[-1]
         near = difflib.get_close_matches(unknown, known, 3, 0.75)
         near += [key for key in known if difflib.SequenceMatcher(None, leaf, key.rsplit(".", 1)[-1]).ratio() > 0.8]
         return ", ".join(dict.fromkeys(near[:4]))
+
+
+def _near_class_names(text: str) -> list[str]:
+    """Built-in classes whose name is nearly one of the words of an error."""
+    known = component_names()
+    words = {word for word in re.findall(r"\w{4,}", text) if word not in known}
+    return [name for word in sorted(words) for name in difflib.get_close_matches(word, known, 1, 0.8)]
 
 
 def _known_keys(parser: Any) -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 
 COMPONENTS = (
     "appo_lightning.samplers.vllm",
@@ -21,3 +22,13 @@ def import_components() -> None:
     """Import every built-in sampler, tool, reward and task source."""
     for name in COMPONENTS:
         importlib.import_module(name)
+
+
+def component_names() -> list[str]:
+    """Names of the built-in classes of those modules."""
+    names = set()
+    for module_name in COMPONENTS:
+        module = importlib.import_module(module_name)
+        public = (value for name, value in vars(module).items() if not name.startswith("_"))
+        names |= {cls.__name__ for cls in public if inspect.isclass(cls) and cls.__module__.startswith(module_name)}
+    return sorted(names)

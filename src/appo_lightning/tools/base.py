@@ -37,7 +37,7 @@ class Tool(ABC):
 
     Attributes:
         name: the tag.
-        description: one sentence for the prompt and the docs.
+        description: one sentence for whoever writes the prompt; the package never changes a prompt.
         timeout_s: wall-clock limit of one call, seconds.
         stateful: sessions remember earlier calls; a branch then replays the calls of its prefix.
     """
