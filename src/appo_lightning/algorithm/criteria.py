@@ -44,7 +44,7 @@ def score_criterion(
     noise_multiple: float = 3.0,
     weights: tuple[float, float] = (1.0, 1.0),
     after_tool: Tensor | None = None,
-    generator: torch.Generator | None = None,
+    draws: Tensor | None = None,
 ) -> CriterionScore:
     """Rank the sampled tokens of each root by one criterion.
 
@@ -53,7 +53,7 @@ def score_criterion(
     future_value      z(Omega)                      z(Omega) > 0              yes
     weighted_sum      w_H z(H) + w_Omega z(Omega)   score > 0                 yes
     entropy           z(H)                          z(H) > 0                  no
-    random            uniform in [0, 1)             sampled                   no
+    random            ``draws``                     sampled                   no
     tool_boundary     1                             ``after_tool``, sampled   no
 
     The gate of a criterion that ranks by z-scores keeps the tokens that it finds better than the average token of the
@@ -72,7 +72,7 @@ def score_criterion(
         noise_multiple: gains below this multiple of the floor count as zero.
         weights: (w_H, w_Omega) of ``weighted_sum``, both > 0.
         after_tool: [B, T] bool, needed by ``tool_boundary``: see ``tool_boundary_mask``.
-        generator: needed by ``random``.
+        draws: [B, T] uniform in [0, 1), needed by ``random``.
 
     Raises:
         ValueError: shapes differ, an option is out of range, or the criterion misses its input.
@@ -90,7 +90,7 @@ def score_criterion(
         score = torch.where(fallback.unsqueeze(1), entropy_z, score)
         eligible = torch.where(fallback.unsqueeze(1), entropy_z > 0, eligible)
     else:
-        score, eligible = _rank_without_gain(criterion, entropy_z, mask, after_tool, generator)
+        score, eligible = _rank_without_gain(criterion, entropy_z, mask, after_tool, draws)
         fallback = torch.zeros_like(degenerate)
     return CriterionScore(score, entropy_z, future_value_z, eligible, fallback)
 
@@ -171,15 +171,15 @@ def _rank_without_gain(
     entropy_z: Tensor,
     mask: Tensor,
     after_tool: Tensor | None,
-    generator: torch.Generator | None,
+    draws: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Score and gate of the criteria that ignore the likelihood gain."""
     if criterion == "entropy":
         return entropy_z, entropy_z > 0
     if criterion == "random":
-        if generator is None:
-            raise ConfigurationError("random needs a generator, got None: pass torch.Generator().manual_seed(seed)")
-        draws = torch.rand(mask.shape, generator=generator, device=generator.device)
+        if draws is None:
+            raise ConfigurationError("random needs draws, got None: pass uniform numbers, one per token")
+        require_matrices(mask, draws=draws)
         return draws.to(entropy_z).masked_fill(~mask, 0.0), mask
     if after_tool is None:
         raise ConfigurationError("tool_boundary needs after_tool, got None: pass tool_boundary_mask(mask, stops)")

@@ -191,7 +191,7 @@ class PhaseRunner:
             noise_floor=phase.gap.rms,
             max_response_tokens=self.max_response_tokens,
             is_blank=self.is_blank,
-            seed=derive_seed(self.seed, phase.index, visit, "criterion"),
+            seed=derive_seed(self.seed, phase.index, visit),
         )
         if branching:
             self._sample_branches(trees, plan.points, derive_seed(self.seed, phase.index, visit))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -38,7 +39,7 @@ class BranchingOptions:
         num_rollouts: M, rollouts per prompt in all; M - N of them are branches. M = N is GRPO.
         criterion: what a good place to branch is: "branching_score" (the paper), "entropy", "future_value",
             "weighted_sum", "random", "tool_boundary".
-        weights: of entropy and future value in "weighted_sum"; unused by the other criteria.
+        weights: of entropy and future value in "weighted_sum", 0.5 each if null; other criteria have none.
         scope: "root" gives every root (M - N) / N branches (the paper); "prompt" takes the best M - N of the prompt
             (the published code).
         half_life: of the gain's discount, in tokens.
@@ -55,7 +56,7 @@ class BranchingOptions:
     num_roots: int = 8
     num_rollouts: int = 16
     criterion: Criterion = "branching_score"
-    weights: tuple[float, float] = (0.5, 0.5)
+    weights: tuple[float, float] | None = None
     scope: Literal["root", "prompt"] = "root"
     half_life: float = 64.0
     clip: float = 0.2
@@ -77,17 +78,21 @@ class BranchingOptions:
                 f"branching.scope = 'root' gives every root the same number of branches: num_rollouts - num_roots = "
                 f"{self.num_branches} must be a multiple of num_roots = {self.num_roots}; or use scope: prompt"
             )
-        if self.half_life <= 0:
-            raise ConfigurationError(f"branching.half_life must be positive, got {self.half_life}")
+        if not 0 < self.half_life < math.inf:
+            raise ConfigurationError(f"branching.half_life must be a positive number of tokens, got {self.half_life}")
         if not 0 <= self.clip < 1:
             raise ConfigurationError(f"branching.clip must be in [0, 1), got {self.clip}")
-        if self.noise_floor_multiple < 0:
+        if not 0 <= self.noise_floor_multiple < math.inf:
             raise ConfigurationError(
-                f"branching.noise_floor_multiple must be at least 0, got {self.noise_floor_multiple}"
+                f"branching.noise_floor_multiple must be a number >= 0, got {self.noise_floor_multiple}"
             )
         if self.min_remaining < 1:
             raise ConfigurationError(f"branching.min_remaining must be at least 1, got {self.min_remaining}")
-        if self.criterion == "weighted_sum" and min(self.weights) <= 0:
+        if self.weights is not None and self.criterion != "weighted_sum":
+            raise ConfigurationError(
+                f"branching.weights has no effect with criterion: {self.criterion}; remove it or use weighted_sum"
+            )
+        if self.weights is not None and not all(0 < weight < math.inf for weight in self.weights):
             raise ConfigurationError(
                 f"branching.weights must be positive, got {self.weights}; for one term alone use criterion: entropy "
                 "or future_value"
@@ -172,9 +177,9 @@ def plan_branches(
         clip=options.clip,
         noise_floor=noise_floor,
         noise_multiple=options.noise_floor_multiple,
-        weights=options.weights,
+        weights=options.weights or (0.5, 0.5),
         after_tool=tool_boundary_mask(mask, [[call.output_stop for call in root.tool_calls] for root in roots]),
-        generator=torch.Generator().manual_seed(seed),
+        draws=_pad(_uniform_draws(trees, seed)) if options.criterion == "random" else None,
     )
     candidates = branch_candidates(
         mask,
@@ -200,6 +205,20 @@ def plan_branches(
         tree_index = int(tree_of_root[point.root])
         plan[tree_index].append(replace(point, root=point.root - first_root[tree_index]))
     return BranchPlan(plan, scored.fallback.tolist())
+
+
+def _uniform_draws(trees: Sequence[RolloutTree], seed: int) -> list[Tensor]:
+    """A number in [0, 1) per response token of each root: a function of seed, task and root, whatever stands beside
+    them, so that branches do not depend on how prompts are spread over processes.
+    """
+    return [
+        torch.rand(
+            len(root.response_ids),
+            generator=torch.Generator().manual_seed(derive_seed(seed, tree.task.id, "criterion", n)),
+        )
+        for tree in trees
+        for n, root in enumerate(tree.roots)
+    ]
 
 
 def _pad(rows: Sequence[Tensor]) -> Tensor:

@@ -57,16 +57,8 @@ def test_weighted_sum_lets_one_term_make_up_for_the_other():
     assert positions(scored) == [2, 1]
 
 
-def test_random_is_uniform_seeded_and_ungated():
-    mask = torch.ones(1, 2000, dtype=torch.bool)
-    zeros = torch.zeros(1, 2000)
-    draws = [
-        score("random", zeros, zeros, mask, generator=torch.Generator().manual_seed(seed)).score for seed in (1, 1, 2)
-    ]
-    assert torch.equal(draws[0], draws[1])
-    assert not torch.equal(draws[0], draws[2])
-    assert abs(draws[0].mean().item() - 0.5) < 0.03
-    assert len(positions(score("random", generator=torch.Generator()))) == 4
+def test_random_ranks_by_the_draws_and_has_no_gate():
+    assert positions(score("random", draws=torch.tensor([[0.2, 0.9, 0.0, 0.5]]))) == [1, 3, 0, 2]
 
 
 def test_tool_boundary_takes_the_earliest_boundaries():
@@ -79,7 +71,7 @@ def test_criteria_without_gain_never_fall_back():
     silent = torch.zeros(1, 4)
     after_tool = torch.tensor([[False, True, False, True]])
     for criterion in ("entropy", "random", "tool_boundary"):
-        scored = score(criterion, gain=silent, after_tool=after_tool, generator=torch.Generator())
+        scored = score(criterion, gain=silent, after_tool=after_tool, draws=torch.rand(1, 4))
         assert not scored.fallback.any(), criterion
 
 
@@ -145,7 +137,7 @@ def test_tool_boundary_is_the_first_sampled_token_after_a_result():
 def test_wrong_options_are_refused_in_one_line():
     with pytest.raises(ValueError, match=r"criterion must be one of branching_score, .* got 'tool_entropy'"):
         score("tool_entropy")
-    with pytest.raises(ValueError, match="random needs a generator, got None"):
+    with pytest.raises(ValueError, match="random needs draws, got None"):
         score("random")
     with pytest.raises(ValueError, match="tool_boundary needs after_tool, got None"):
         score("tool_boundary")

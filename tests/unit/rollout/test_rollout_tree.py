@@ -169,6 +169,31 @@ def test_random_branches_are_a_function_of_the_seed():
     assert len({str(draw(seed)) for seed in range(8)}) > 1
 
 
+def test_random_branches_of_a_task_do_not_depend_on_what_else_is_in_the_mini_batch():
+    def draw(*tasks: str) -> dict[str, list[tuple[int, int]]]:
+        trees = [RolloutTree(make_task(task), [root_of("ABCDEFGHIJKL"), root_of("ABCDEFG" + task)]) for task in tasks]
+        scores = [
+            TraceScores(torch.zeros(len(r.response_ids)), torch.ones(len(r.response_ids)))
+            for t in trees
+            for r in t.roots
+        ]
+        made = plan_branches(
+            trees,
+            scores,
+            [score.logprobs for score in scores],
+            BranchingOptions(num_roots=2, num_rollouts=8, criterion="random", min_remaining=1),
+            noise_floor=0.0,
+            max_response_tokens=1000,
+            is_blank=BlankTokens(scripted_tokenizer()),
+            seed=7,
+        )
+        return dict(zip(tasks, places(made), strict=True))
+
+    together = draw("x", "yy", "zzzzzzzz")
+    assert together == {**draw("zzzzzzzz", "x"), **draw("yy")}
+    assert len(set(map(str, together.values()))) == 3
+
+
 def test_tool_boundaries_are_the_first_tokens_after_results():
     calls = [ToolCall("search", "", "", 1, 3, True, 0.0), ToolCall("search", "", "", 4, 5, True, 0.0)]
     root = root_of("A__B_CD", calls=calls)
@@ -225,9 +250,9 @@ def test_rewards_are_written_with_their_parts():
         ({"num_roots": 0}, "num_roots must be at least 1, got 0"),
         ({"num_roots": 8, "num_rollouts": 4}, "got M = 4 < N = 8"),
         ({"num_roots": 4, "num_rollouts": 10}, "num_rollouts - num_roots = 6 must be a multiple of num_roots = 4"),
-        ({"half_life": 0.0}, "half_life must be positive, got 0.0"),
+        ({"half_life": 0.0}, "half_life must be a positive number of tokens, got 0.0"),
         ({"clip": 1.0}, r"clip must be in \[0, 1\), got 1.0"),
-        ({"noise_floor_multiple": -1.0}, "noise_floor_multiple must be at least 0, got -1.0"),
+        ({"noise_floor_multiple": -1.0}, "noise_floor_multiple must be a number >= 0, got -1.0"),
         ({"min_remaining": 0}, "min_remaining must be at least 1, got 0"),
         ({"criterion": "weighted_sum", "weights": (0.0, 1.0)}, r"weights must be positive, got \(0.0, 1.0\)"),
         ({"num_roots": 4, "num_rollouts": 4, "gain_baseline": "previous"}, "'previous' has no effect without branches"),
