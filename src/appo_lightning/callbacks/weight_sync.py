@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -29,7 +30,8 @@ class SamplerWeightSync(L.Callback):
     Args:
         canary_prompts: prompts of the check; 0 turns it off.
         canary_tokens: tokens sampled per prompt.
-        tolerance: largest mean absolute log-prob difference, nats; null chooses by the policy's dtype.
+        tolerance: largest mean absolute log-prob difference, nats; null chooses by the precision of policy, trainer
+            and sampler.
     """
 
     def __init__(self, canary_prompts: int = 2, canary_tokens: int = 8, tolerance: float | None = None) -> None:
@@ -38,6 +40,8 @@ class SamplerWeightSync(L.Callback):
                 f"sync.canary_prompts must be at least 0 and canary_tokens at least 1, "
                 f"got {canary_prompts} and {canary_tokens}"
             )
+        if tolerance is not None and not 0 < tolerance < math.inf:
+            raise ConfigurationError(f"sync.tolerance must be a positive number or null, got {tolerance}")
         self.canary_prompts, self.canary_tokens, self.tolerance = canary_prompts, canary_tokens, tolerance
         self._pushed: int | None = None  # weights version that the sampler holds
         self._metrics = MetricSums()
@@ -92,7 +96,7 @@ class SamplerWeightSync(L.Callback):
             [(s.logprobs - torch.tensor(t.behaviour_logprobs)).abs() for s, t in zip(scored, trajectories, strict=True)]
         )
         self._metrics.add("sync/canary_gap", gaps.mean())
-        limit = self.tolerance if self.tolerance is not None else _TOLERANCE[module.policy_options.dtype]
+        limit = self.tolerance if self.tolerance is not None else _TOLERANCE[self._precision(module)]
         # Every rank has its own engine; all fail together, or the others would wait for the one that did.
         for rank, (gap, largest) in enumerate(of_all_ranks((float(gaps.mean()), float(gaps.max())))):
             # A NaN must fail too.
@@ -103,6 +107,15 @@ class SamplerWeightSync(L.Callback):
                     f"average{where} (limit {limit:g}): the sampler does not hold the trainer's weights. Largest "
                     f"difference {largest:.3g}. If the two only differ in precision, raise sync.tolerance"
                 )
+
+    def _precision(self, module: AppoModule) -> str:
+        """The coarsest of what computes the two log-probs."""
+        computing = (
+            module.policy_options.dtype,
+            str(module.trainer.precision),
+            str(getattr(self._data.sampler, "dtype", "")),
+        )
+        return "bfloat16" if any(name.startswith("bf") for name in computing) else "float32"
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
