@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import lightning as L
@@ -87,6 +88,11 @@ class RolloutDataModule(L.LightningDataModule):
                 f"data.branching asks for {branching.num_branches} branches per prompt, but {type(sampler).__name__} "
                 "gives no log-probs; use a sampler that does, or num_rollouts = num_roots"
             )
+        if branching.num_branches and branching.min_remaining >= rollout.max_response_tokens:
+            raise ConfigurationError(
+                f"data.branching.min_remaining = {branching.min_remaining} leaves no place to branch in responses of "
+                f"data.rollout.max_response_tokens = {rollout.max_response_tokens}; lower it"
+            )
         if train_branches and not branching.num_branches:
             raise ConfigurationError("data.train_branches has no effect without branches; raise num_rollouts")
         if len(train) < prompts_per_phase:
@@ -94,13 +100,18 @@ class RolloutDataModule(L.LightningDataModule):
                 f"data.train has {len(train)} tasks, one phase needs {prompts_per_phase}; "
                 "lower data.prompts_per_phase or add tasks"
             )
+        names = [tool.name for tool in tools]
+        if len(set(names)) < len(names):
+            raise ConfigurationError(f"data.tools: the names of tools must differ, got {', '.join(names)}")
         self.train, self.validation = train, validation
         self.sampler, self.tools, self.reward = sampler, tools, reward
         self.rollout, self.branching = rollout, branching
         self.prompts_per_phase, self.prompts_per_mini_batch = prompts_per_phase, prompts_per_mini_batch
         self.epochs_per_phase, self.train_branches = epochs_per_phase, train_branches
         self.validation_rollouts = validation_rollouts
-        self.validation_temperature = validation_temperature
+        self.validation_limits = rollout
+        if validation_temperature is not None:
+            self.validation_limits = replace(rollout, temperature=validation_temperature)
         self.seed = seed
         self.push_weights: Callable[[], None] | None = None  # set by SamplerWeightSync
         self.source: RolloutSource | None = None
@@ -363,10 +374,7 @@ class EvaluationSource:
         trainer = data.trainer
         assert trainer is not None
         data.sync_sampler()
-        limits = data.rollout
-        if data.validation_temperature is not None:
-            limits = RolloutLimits(**{**vars(limits), "temperature": data.validation_temperature})
-        loop = data.loop(limits)
+        loop = data.loop(data.validation_limits)
         chosen = range(trainer.global_rank, len(data.validation), trainer.world_size)
         tasks = [data.task(data.validation, index) for index in chosen]
         count = data.validation_rollouts

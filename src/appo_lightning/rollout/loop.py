@@ -6,6 +6,7 @@ out is a function of (weights, task, seed), whatever the timing of tools, as lon
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -17,7 +18,7 @@ from appo_lightning.rollout.parsing import ResultEncoder, parse_call, stop_strin
 from appo_lightning.rollout.seeds import derive_seed
 from appo_lightning.rollout.sessions import EpisodeSession, calls_to_replay
 from appo_lightning.rollout.toolpool import ToolOutcome, ToolPool
-from appo_lightning.samplers.base import Completion, Sampler, SampleRequest
+from appo_lightning.samplers.base import MIN_TEMPERATURE, Completion, Sampler, SampleRequest
 from appo_lightning.tools.base import Tool
 from appo_lightning.types import StopReason, Task, ToolCall, ToolError, Trajectory
 
@@ -56,8 +57,10 @@ class RolloutLimits:
                 raise ConfigurationError(f"rollout.{name} must be at least 1, got {getattr(self, name)}")
         if self.max_tool_calls < 0:
             raise ConfigurationError(f"rollout.max_tool_calls must be at least 0, got {self.max_tool_calls}")
-        if self.temperature < 0:
-            raise ConfigurationError(f"rollout.temperature must be at least 0, got {self.temperature}")
+        if self.temperature != 0 and not MIN_TEMPERATURE <= self.temperature < math.inf:
+            raise ConfigurationError(
+                f"rollout.temperature must be 0 (greedy) or a number from {MIN_TEMPERATURE} on, got {self.temperature}"
+            )
         if not 0 < self.top_p <= 1:
             raise ConfigurationError(f"rollout.top_p must be in (0, 1], got {self.top_p}")
         if self.top_k < 0:
@@ -105,7 +108,7 @@ class RolloutLoop:
         if len(self._tools) < len(tools):
             raise ConfigurationError(f"tool names must differ, got {[tool.name for tool in tools]}")
         self._encoder = ResultEncoder(tokenizer, self._tools)
-        self._warm: set[str] = set()  # tools that were opened once
+        self._opened = False  # every tool, once
         self.statistics = LoopStatistics()
 
     def run(
@@ -128,6 +131,8 @@ class RolloutLoop:
         Raises:
             AppoError: the sampler failed, or a tool cannot work at all. No request or session stays open.
         """
+        if prefixes and not self._opened:
+            self._open_tools(prefixes[0].task)
         started = time.monotonic()
         episodes = [_Episode(prefix, index) for index, prefix in enumerate(prefixes)]
         pool: ToolPool[_Episode] = ToolPool(self._limits.tool_workers)
@@ -229,8 +234,6 @@ class RolloutLoop:
 
     def _start_call(self, episode: _Episode, name: str, argument: str, pool: ToolPool[_Episode]) -> None:
         tool = self._tools[name]
-        if name not in self._warm:
-            self._warm_up(tool, episode.prefix.task)
         session = episode.session(tool)
         episode.pending = (name, argument)
         pool.submit(
@@ -240,15 +243,18 @@ class RolloutLoop:
             timeout_s=session.timeout_s,
         )
 
-    def _warm_up(self, tool: Tool, task: Task) -> None:
-        """Open a first session, which may start a server or read a file: no call should pay for that with its time."""
-        self._warm.add(tool.name)
-        try:
-            tool.open(task).close()
-        except AppoError:
-            raise
-        except Exception:  # the call itself will meet it and tell the policy
-            return
+    def _open_tools(self, task: Task) -> None:
+        """Open a first session of each, which may start a server or read a file: no call should pay for that with its
+        time, and a tool that cannot work stops the run before it begins.
+        """
+        self._opened = True
+        for tool in self._tools.values():
+            try:
+                tool.open(task).close()
+            except AppoError:
+                raise
+            except Exception:  # the call itself will meet it and tell the policy
+                continue
 
     def _tool_outcomes(self, pool: ToolPool[_Episode], *, wait: bool) -> list[ToolOutcome[_Episode]]:
         started = time.monotonic()

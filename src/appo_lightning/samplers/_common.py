@@ -11,13 +11,10 @@ import numpy as np
 import torch
 
 from appo_lightning.errors import SamplerError
-from appo_lightning.samplers.base import SampleRequest
+from appo_lightning.samplers.base import MIN_TEMPERATURE, SampleRequest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-# Engines clamp or ignore what is colder; the log-probs would then not be those of the temperature asked for.
-MIN_TEMPERATURE = 0.01
 
 
 def check_request(request: SampleRequest, *, max_length: int, vocab_size: int, unfinished: Collection[int]) -> None:

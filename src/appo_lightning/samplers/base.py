@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+# Engines clamp or ignore what is colder; the log-probs would then not be those of the temperature asked for.
+MIN_TEMPERATURE = 0.01
+
 
 @dataclass(slots=True)
 class SampleRequest:

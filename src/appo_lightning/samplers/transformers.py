@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from appo_lightning.errors import SamplerError
+from appo_lightning.errors import ConfigurationError, SamplerError
 from appo_lightning.samplers._common import (
     StopStrings,
     check_request,
@@ -47,6 +47,8 @@ class TransformersSampler(Sampler):
     ) -> None:
         if max_batch_size < 1:
             raise SamplerError(f"max_batch_size must be at least 1, got {max_batch_size}")
+        if device != "auto":
+            _check_device(device)
         self.dtype = dtype
         self.device = device
         self.max_batch_size = max_batch_size
@@ -168,6 +170,15 @@ class TransformersSampler(Sampler):
         if stop not in self._stops:
             self._stops[stop] = StopStrings(self._tokenizer, stop)
         return self._stops[stop]
+
+
+def _check_device(name: str) -> None:
+    try:
+        kind = torch.device(name).type
+    except RuntimeError as error:
+        raise ConfigurationError(f"device must be 'auto' or a torch device such as 'cuda:1', got {name!r}") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ConfigurationError(f"device is {name!r}, but torch finds no CUDA device; use 'cpu' or 'auto'")
 
 
 @dataclass(slots=True)
