@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from appo_lightning.algorithm import clipped_policy_loss, kl_penalty, truncated_importance_weight
@@ -47,6 +49,16 @@ class LossOptions:
     importance_cap: float | None = None
 
     def __post_init__(self) -> None:
+        if not 0 <= self.clip_low <= 1:
+            raise ConfigurationError(f"model.loss.clip_low must be in [0, 1], got {self.clip_low}")
+        if not 0 <= self.clip_high < math.inf:
+            raise ConfigurationError(f"model.loss.clip_high must be a number >= 0, got {self.clip_high}")
+        if self.dual_clip is not None and not 1 < self.dual_clip < math.inf:
+            raise ConfigurationError(f"model.loss.dual_clip must be greater than 1 or null, got {self.dual_clip}")
+        if self.importance_cap is not None and not 0 < self.importance_cap < math.inf:
+            raise ConfigurationError(f"model.loss.importance_cap must be positive or null, got {self.importance_cap}")
+        if not 0 <= self.kl_coefficient < math.inf:
+            raise ConfigurationError(f"model.loss.kl_coefficient must be a number >= 0, got {self.kl_coefficient}")
         if (self.kl == "none") != (self.kl_coefficient == 0):
             raise ConfigurationError(
                 f"model.loss.kl = {self.kl!r} and kl_coefficient = {self.kl_coefficient:g} belong together: "
@@ -121,7 +133,11 @@ class AppoModule(PolicyModule):
 
     def score_previous(self, trajectories: Sequence[Trajectory], *, temperature: float) -> list[Tensor]:
         """Log-probs [T] by the weights at the beginning of the phase before this one."""
-        assert self._previous is not None, "on_phase_begin comes first"
+        if self._previous is None:
+            raise ConfigurationError(
+                "data.branching.gain_baseline = 'previous' needs the weights of an earlier rollout phase, and the "
+                "checkpoint lies inside a phase of a run that kept none; resume with 'behaviour'"
+            )
         with self._previous.active():
             return [scores.logprobs for scores in self.score(trajectories, temperature=temperature)]
 
@@ -278,8 +294,12 @@ class AppoModule(PolicyModule):
         sums, self._validation = self._validation.gathered(), MetricSums()
         means = sums.means()
         means[f"{stage}/tasks"] = sums.count(f"{stage}/success")
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            # Lightning counts a batch only after its validation; every other metric is written at the step it follows.
+            means["step"] = float(self.trainer.global_step)
         for name, value in means.items():
-            self.log(name, value, prog_bar=name.endswith("/success"))
+            # Equal on all ranks already; without sync_dist Lightning doubts that, once per name.
+            self.log(name, value, prog_bar=name.endswith("/success"), sync_dist=True)
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
 

@@ -116,6 +116,12 @@ CASES = {
 }
 
 
+def test_a_gain_against_the_previous_policy_cannot_begin_inside_a_phase(checkpoint, tmp_path: Path) -> None:
+    fit(Run(checkpoint, max_steps=1, output=str(tmp_path)))
+    with pytest.raises(ConfigurationError, match="resume with 'behaviour'"):
+        fit(Run(checkpoint, branching=PREVIOUS, resume=str(tmp_path / "last.ckpt")))
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_killed_run_continues_exactly(checkpoint, uninterrupted, tmp_path: Path, case) -> None:
     run, steps = CASES[case]
