@@ -46,6 +46,9 @@ def main(args: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # The engine's notes about memory nodes are no news to a user.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # A user's own tools and rewards lie beside the config, as with `python -m`.
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     try:
         return _dispatch(arguments[0], arguments[1:])
     except AppoError as error:
@@ -53,6 +56,15 @@ def main(args: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except OSError as error:  # a directory that cannot be written, a full disk
+        if os.environ.get("APPO_TRACEBACK"):
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 def _dispatch(command: str, arguments: list[str]) -> int:

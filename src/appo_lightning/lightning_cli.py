@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import traceback
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +17,7 @@ import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from appo_lightning.callbacks import (
     AtomicCheckpointIO,
@@ -33,7 +36,7 @@ from appo_lightning.callbacks import (
 )
 from appo_lightning.cli_parser import ShortErrorParser
 from appo_lightning.datamodule import RolloutDataModule
-from appo_lightning.errors import ConfigurationError
+from appo_lightning.errors import AppoError, ConfigurationError
 from appo_lightning.module import AppoModule
 from appo_lightning.policy_module import PolicyModule
 from appo_lightning.registry import import_components
@@ -47,6 +50,11 @@ class _SaveConfig(SaveConfigCallback):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if stage == "fit":
+            # Folders that follow from output_dir: with another one, the same config must not write into this run's.
+            self.config = self.config.clone()
+            self.config.trainer.default_root_dir = None
+            if self.config.checkpoint.dirpath == _checkpoint_folder(self.config.output_dir):
+                self.config.checkpoint.dirpath = None
             super().setup(trainer, pl_module, stage)
 
 
@@ -120,10 +128,32 @@ class AppoCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[self._command]
         output = config.output_dir
+        if not output:
+            raise ConfigurationError("output_dir is empty: name a directory")
+        if config.trainer.default_root_dir not in (None, output):
+            raise ConfigurationError("trainer.default_root_dir has no effect here: set output_dir")
         config.trainer.default_root_dir = output
         if config.checkpoint.dirpath is None:
-            config.checkpoint.dirpath = os.path.join(output, "checkpoints")
+            config.checkpoint.dirpath = _checkpoint_folder(output)
         _check_trainer(config.trainer)
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except AppoError:
+            raise
+        except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
+            # A component that refuses its options, in whatever words its library has for it.
+            raise ConfigurationError(" ".join(str(error).split())) from error
+
+    def _set_seed(self) -> None:
+        try:
+            super()._set_seed()
+        except ValueError as error:
+            raise ConfigurationError(f"seed_everything: {error}") from error
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning would read the whole checkpoint for hyper-parameters, of which ours hold none."""
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         # Lightning's own warns when a command line exists as well, which is where ours come from.
@@ -146,22 +176,56 @@ class AppoCLI(LightningCLI):
 
     def before_fit(self) -> None:
         config = self.config["fit"]
-        last = Path(config.checkpoint.dirpath) / "last.ckpt"
-        if config.ckpt_path == "last":
-            if not last.exists():
-                raise ConfigurationError(
-                    f"--ckpt_path last: expected {last}, found none; check output_dir, or start without --ckpt_path"
-                )
-            config.ckpt_path = str(last)
-        elif config.ckpt_path is None and last.exists():
+        self._resolve_checkpoint()
+        if config.ckpt_path is None and _last_checkpoint(config).exists():
             if not config.overwrite:
                 raise ConfigurationError(
                     f"{config.output_dir} holds checkpoints of an earlier run: continue it with --ckpt_path last, "
                     "start anew with --overwrite true, or choose another --output_dir"
                 )
             _remove_run(Path(config.output_dir), Path(config.checkpoint.dirpath))
-        elif config.ckpt_path is not None and not Path(config.ckpt_path).exists():
-            raise ConfigurationError(f"--ckpt_path: expected a checkpoint file, found no {config.ckpt_path}")
+
+    def before_validate(self) -> None:
+        self._resolve_checkpoint()
+
+    def before_test(self) -> None:
+        self._resolve_checkpoint()
+
+    def before_predict(self) -> None:
+        self._resolve_checkpoint()
+
+    def _resolve_checkpoint(self) -> None:
+        config = self.config[self._command]
+        if config.ckpt_path == "last":
+            last = _last_checkpoint(config)
+            if not last.exists():
+                raise ConfigurationError(
+                    f"--ckpt_path last: expected {last}, found none; check output_dir, or start without --ckpt_path"
+                )
+            config.ckpt_path = str(last)
+        if config.ckpt_path is not None:
+            check_checkpoint(Path(config.ckpt_path))
+
+
+def _checkpoint_folder(output_dir: str) -> str:
+    return os.path.join(output_dir, "checkpoints")
+
+
+def _last_checkpoint(config: Any) -> Path:
+    return Path(config.checkpoint.dirpath) / "last.ckpt"
+
+
+def check_checkpoint(path: Path) -> None:
+    """Refuse what cannot be a checkpoint, before minutes of building go by.
+
+    Raises:
+        ConfigurationError: nothing is there, or a file that torch.save did not write, or not to its end.
+    """
+    if not path.exists():
+        raise ConfigurationError(f"--ckpt_path: expected a checkpoint file, found no {path}")
+    # A directory is a sharded checkpoint.
+    if path.is_file() and not zipfile.is_zipfile(path):
+        raise ConfigurationError(f"--ckpt_path: {path} is no checkpoint, or a torn one")
 
 
 def _check_trainer(trainer: Any) -> None:
@@ -170,12 +234,21 @@ def _check_trainer(trainer: Any) -> None:
             f"trainer.precision = {trainer.precision} would round log-probs and advantages too; use bf16-mixed, or "
             "model.policy.dtype: bfloat16 with trainer.precision: 32-true"
         )
+    if trainer.val_check_interval is not None and not _is_positive(trainer.val_check_interval):
+        raise ConfigurationError(
+            f"trainer.val_check_interval must be positive, got {trainer.val_check_interval}; to switch validation off "
+            "set trainer.limit_val_batches: 0"
+        )
     strategy = str(getattr(trainer.strategy, "class_path", trainer.strategy))
     if strategy.startswith("fsdp") or strategy.endswith(".FSDPStrategy"):
         raise ConfigurationError(
             f"trainer.strategy = {strategy}: the policy is sharded by FSDP2, not by the first FSDP; "
             "use --config configs/trainer/fsdp.yaml (GPUs) or fsdp2.yaml (CPU)"
         )
+
+
+def _is_positive(interval: Any) -> bool:
+    return not isinstance(interval, int | float) or interval > 0
 
 
 def _stage_classes(stage: Stage) -> tuple[type[L.LightningModule], type[L.LightningDataModule]]:
@@ -204,7 +277,7 @@ def find_stage(arguments: list[str]) -> Stage:
         ConfigurationError: it is neither "appo" nor "sft", or a config file cannot be read.
     """
     stage: Any = "appo"
-    for flag, value in zip(arguments, [*arguments[1:], ""], strict=True):
+    for flag, value in zip(arguments, [*arguments, ""][1:], strict=True):
         name, equals, inline = flag.partition("=")
         value = inline if equals else value
         if name in ("--config", "-c"):
@@ -237,10 +310,20 @@ def run(command: str, arguments: list[str]) -> int:
     cli: AppoCLI | None = None
     try:
         cli = AppoCLI(stage, command, arguments)
+    except (MisconfigurationException, ValueError) as error:
+        # What Lightning itself refuses is about the trainer's options.
+        if isinstance(error, AppoError) or not _is_raised_by_lightning(error):
+            raise
+        raise ConfigurationError(" ".join(str(error).split())) from error
     finally:
         _close(cli)
     stopped = [callback.received for callback in cli.trainer.callbacks if isinstance(callback, GracefulStop)]  # type: ignore[attr-defined]
     return 128 + stopped[0] if stopped and stopped[0] else 0
+
+
+def _is_raised_by_lightning(error: BaseException) -> bool:
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return bool(frames) and str(frames[-1][0].f_globals.get("__name__")).startswith("lightning.")
 
 
 def _quieten_libraries() -> None:
@@ -270,8 +353,9 @@ def run_export(arguments: list[str]) -> int:
     parser.add_argument("--adapters", action="store_true", help="LoRA: write the adapters alone, for PEFT")
     options = parser.parse_args(arguments)
     path = Path(options.ckpt_path)
-    if not path.is_file():
-        raise ConfigurationError(f"--ckpt_path: expected a checkpoint file, found no {path}")
+    if path.is_dir():
+        raise ConfigurationError(f"--ckpt_path: expected a checkpoint file, found the directory {path}")
+    check_checkpoint(path)
     source = ["--config", options.config]
     cli = AppoCLI(find_stage(source), "fit", source, execute=False)
     module = cli.model

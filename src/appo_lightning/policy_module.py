@@ -99,8 +99,10 @@ class PolicyModule(L.LightningModule):
             betas=options.betas,
             weight_decay=options.weight_decay,
         )
-        last_step = self._last_step() if options.schedule != "constant" else 0
-        factor = learning_rate_factor(options.schedule, warmup_steps=options.warmup_steps, last_step=last_step)
+        # A trial of one batch has no course.
+        schedule = "constant" if self.trainer.fast_dev_run else options.schedule  # type: ignore[attr-defined]
+        last_step = self._last_step() if schedule != "constant" else 0
+        factor = learning_rate_factor(schedule, warmup_steps=options.warmup_steps, last_step=last_step)
         return [optimizer], [{"scheduler": LambdaLR(optimizer, factor), "interval": "step"}]
 
     def _last_step(self) -> int:
@@ -243,13 +245,23 @@ class PolicyModule(L.LightningModule):
                 "use the model.policy options that it was trained with"
             )
 
+    def check_export(self, *, merge: bool) -> None:
+        """Refuse an export that this policy cannot give.
+
+        Raises:
+            ConfigurationError: adapters are asked for, and there are none.
+        """
+        if not merge and self.policy_options.lora is None:
+            raise ConfigurationError(
+                "export.merge: false writes LoRA adapters, this policy has none; set model.policy.lora or merge: true"
+            )
+
     def export(self, directory: str, *, merge: bool = True) -> None:
         """Write the policy as an ordinary transformers checkpoint (``merge=False``: LoRA adapters for PEFT).
 
         Collective under sharding: every rank calls it, rank 0 writes.
         """
-        if not merge and self.policy_options.lora is None:
-            raise ConfigurationError("merge = False exports LoRA adapters, this policy has none; use merge = True")
+        self.check_export(merge=merge)
         writes = self._trainer is None or self.trainer.is_global_zero
         weights: dict[str, Tensor] = {}
         for name, tensor in self.policy.named_weights() if merge else self.policy.adapter_weights().items():

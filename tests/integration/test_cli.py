@@ -138,6 +138,37 @@ def test_finished_run_goes_on_from_its_last_checkpoint(arguments, tmp_path):
         (["--config", "missing.yaml"], "missing.yaml"),
         (["--model.loss.kl", "k3"], "kl_coefficient"),
         (["--data.train.init_args.size", "2"], "prompts_per_phase"),
+        (["--model.policy.lora.rank", "0"], "policy.lora.rank must be at least 1"),
+        (["--model.policy.lora", "{alpha: .nan}"], "policy.lora.alpha must be a positive number"),
+        (["--model.optimizer.learning_rate", ".inf"], "optimizer.learning_rate must be a positive number"),
+        (["--model.optimizer.weight_decay", "-1"], "optimizer.weight_decay"),
+        (["--model.optimizer.betas", "[0.9, 1]"], "optimizer.betas"),
+        (["--model.optimizer.warmup_steps", "-1"], "optimizer.warmup_steps"),
+        (["--model.loss.clip_high", "-1"], "model.loss.clip_high"),
+        (["--model.loss.kl", "k3", "--model.loss.kl_coefficient", "-1"], "model.loss.kl_coefficient"),
+        (["--advantage.safety_threshold", "0"], "advantage.safety_threshold"),
+        (["--sync.tolerance", "0"], "sync.tolerance"),
+        (["--data.rollout.temperature", ".inf"], "rollout.temperature"),
+        (["--data.validation_temperature", "-1"], "rollout.temperature"),
+        (["--data.branching.min_remaining", "48"], "leaves no place to branch"),
+        (["--data.branching.weights", "[1, 2]"], "has no effect with criterion: branching_score"),
+        (["--data.tools", "[{class_path: SearchTool}, {class_path: SearchTool}]"], "names of tools must differ"),
+        (["--data.tools", "[{class_path: PythonTool, init_args: {preload: [absent]}}]"], "cannot import 'absent'"),
+        (["--data.sampler.init_args.device", "tpu"], "device must be"),
+        (["--seed_everything", "-1"], "seed_everything"),
+        (["--checkpoint.save_top_k", "-5"], "save_top_k"),
+        (["--trainer.strategy", "nonsense"], "strategy"),
+        (["--trainer.devices", "0"], "devices"),
+        (["--trainer.gradient_clip_val", "1"], "gradient_clip_val"),
+        (["--trainer.val_check_interval", "0"], "val_check_interval must be positive"),
+        (["--trainer.val_check_interval", "100000000"], "val_check_interval"),
+        (["--trainer.default_root_dir", "elsewhere"], "set output_dir"),
+        (["--output_dir", ""], "output_dir is empty"),
+        (["--output_dir", "/proc/nowhere"], "/proc/nowhere"),
+        (["--export.path", "/proc/nowhere"], "/proc/nowhere"),
+        (["--export.path", CONFIG], "appo.yaml: File exists"),
+        (["--export.merge", "false"], "export.merge"),
+        (["--ckpt_path", CONFIG], "is no checkpoint"),
     ],
 )
 def test_mistake_is_one_clear_line(arguments, capsys, extra, expected):
@@ -145,6 +176,46 @@ def test_mistake_is_one_clear_line(arguments, capsys, extra, expected):
     errors = [line for line in text.splitlines() if line.startswith("error:")]
     assert len(errors) == 1
     assert expected in text
+
+
+@pytest.mark.parametrize(
+    ("command", "extra", "expected"),
+    [
+        ("validate", ["--ckpt_path", "missing.ckpt"], "missing.ckpt"),
+        ("test", ["--ckpt_path", "last"], "last.ckpt"),
+        ("predict", ["--predictions.path", "/proc/nowhere/rollouts.jsonl"], "/proc/nowhere"),
+    ],
+)
+def test_mistake_in_an_evaluation_is_one_clear_line(arguments, capsys, command, extra, expected):
+    _, text = _fails(capsys, command, *arguments, *extra)
+    assert [expected in line for line in text.splitlines() if line.startswith("error:")] == [True]
+
+
+def test_config_of_a_run_with_another_output_dir_leaves_that_run_alone(arguments, tmp_path):
+    assert main(["fit", *arguments]) == 0
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    written = last.stat().st_mtime_ns
+    again = ["fit", "--config", str(tmp_path / "run" / "config.yaml"), "--output_dir", str(tmp_path / "other")]
+    assert main([*again, "--overwrite", "true"]) == 0
+    assert (tmp_path / "other" / "checkpoints" / "last.ckpt").exists()
+    assert last.stat().st_mtime_ns == written
+
+
+def test_validation_inside_a_fit_is_logged_at_its_step(arguments, tmp_path):
+    assert main(["fit", *arguments, "--trainer.val_check_interval", "1"]) == 0
+    events = EventAccumulator(str(tmp_path / "run"))
+    events.Reload()
+    for name in ("val/success", "val_tools/calls_per_trajectory"):
+        assert [event.step for event in events.Scalars(name)] == [1, 2], name
+
+
+def test_bfloat16_autocast_of_the_trainer_passes_the_canary(arguments):
+    assert main(["fit", *arguments, "--trainer.precision", "bf16-mixed"]) == 0
+
+
+def test_a_trial_of_one_batch_exports_no_policy(arguments, tmp_path):
+    assert main(["fit", *arguments, "--trainer.fast_dev_run", "true"]) == 0
+    assert not (tmp_path / "exported" / "config.json").exists()
 
 
 def test_missing_chat_template_is_named(arguments, capsys, tiny, tmp_path):

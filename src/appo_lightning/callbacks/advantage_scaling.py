@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import lightning as L
 import torch
 
@@ -42,16 +44,18 @@ class ProcedureAdvantageScaling(L.Callback):
         dual_clip: float = 3.0,
         safety_threshold: float | None = 6.0,
     ) -> None:
-        if scaling < 0:
-            raise ConfigurationError(f"advantage.scaling must be at least 0, got {scaling}")
-        if half_life <= 0:
-            raise ConfigurationError(f"advantage.half_life must be positive, got {half_life}")
+        if not 0 <= scaling < math.inf:
+            raise ConfigurationError(f"advantage.scaling must be a number >= 0, got {scaling}")
+        if not 0 < half_life < math.inf:
+            raise ConfigurationError(f"advantage.half_life must be a positive number of tokens, got {half_life}")
         if not 0 <= clip < 1:
             raise ConfigurationError(f"advantage.clip must be in [0, 1), got {clip}")
         if high_only and clip == 0 and scaling:
             raise ConfigurationError("advantage.high_only has no effect with clip = 0; set high_only: false")
-        if dual_clip <= 1:
+        if not 1 < dual_clip < math.inf:
             raise ConfigurationError(f"advantage.dual_clip must be greater than 1, got {dual_clip}")
+        if safety_threshold is not None and not 0 < safety_threshold < math.inf:
+            raise ConfigurationError(f"advantage.safety_threshold must be positive or null, got {safety_threshold}")
         self.normalise_std, self.scaling, self.centred = normalise_std, scaling, centred
         self.gamma = gamma_from_half_life(half_life)
         self.clip, self.high_only = clip, high_only

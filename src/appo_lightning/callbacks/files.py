@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 
 from appo_lightning.batching import EvaluationBatch
+from appo_lightning.errors import ConfigurationError
 from appo_lightning.policy_module import PolicyModule
 from appo_lightning.reports.text import render_tree
 from appo_lightning.rollout.serialise import tree_to_dict
@@ -23,6 +24,8 @@ class EvaluationReport(L.Callback):
     """
 
     def __init__(self, samples: int = 4) -> None:
+        if samples < 0:
+            raise ConfigurationError(f"report.samples must be at least 0, got {samples}")
         self.samples = samples
         self._texts: list[str] = []
 
@@ -68,13 +71,21 @@ class RolloutWriter(L.Callback):
     def __init__(self, path: str | None = None) -> None:
         self.path = path
 
-    def on_predict_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: EvaluationBatch, *args: Any
-    ) -> None:
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Now, not after the last rollout.
+        self._file(trainer).touch()
+
+    def _file(self, trainer: L.Trainer) -> Path:
         path = Path(self.path or Path(trainer.log_dir or trainer.default_root_dir) / "rollouts.jsonl")
         if trainer.world_size > 1:
             path = path.with_name(f"{path.stem}.rank{trainer.global_rank}{path.suffix}")
         path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def on_predict_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: EvaluationBatch, *args: Any
+    ) -> None:
+        path = self._file(trainer)
         with path.open("w") as file:
             file.writelines(json.dumps(tree_to_dict(tree)) + "\n" for tree in batch.trees)
         print(f"{len(batch.trees)} rollout trees written to {path}")
@@ -91,7 +102,17 @@ class ExportPolicy(L.Callback):
     def __init__(self, path: str | None = None, merge: bool = True) -> None:
         self.path, self.merge = path, merge
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage != "fit" or self.path is None:
+            return
+        # Now, not after hours of training.
+        assert isinstance(pl_module, PolicyModule)
+        pl_module.check_export(merge=self.merge)
+        if trainer.is_global_zero:
+            Path(self.path).mkdir(parents=True, exist_ok=True)
+
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.path is not None:
+        # A trial must not take the place of a trained policy.
+        if self.path is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             assert isinstance(pl_module, PolicyModule)
             pl_module.export(self.path, merge=self.merge)

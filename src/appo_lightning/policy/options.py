@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -21,10 +22,6 @@ class LoraOptions:
     rank: int = 16
     alpha: float = 32.0
     target_modules: str | list[str] = "all-linear"
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ConfigurationError(f"policy.lora.rank must be at least 1, got {self.rank}")
 
 
 @dataclass
@@ -50,6 +47,11 @@ class PolicyOptions:
     def __post_init__(self) -> None:
         if self.logit_chunk < 1:
             raise ConfigurationError(f"policy.logit_chunk must be at least 1, got {self.logit_chunk}")
+        # Not in LoraOptions: the parser would take its error for "this is no LoraOptions, but perhaps null".
+        if self.lora is not None and self.lora.rank < 1:
+            raise ConfigurationError(f"policy.lora.rank must be at least 1, got {self.lora.rank}")
+        if self.lora is not None and not 0 < self.lora.alpha < math.inf:
+            raise ConfigurationError(f"policy.lora.alpha must be a positive number, got {self.lora.alpha}")
 
 
 @dataclass
@@ -73,7 +75,15 @@ class OptimizerOptions:
     max_grad_norm: float | None = 1.0
 
     def __post_init__(self) -> None:
-        if self.learning_rate <= 0:
-            raise ConfigurationError(f"optimizer.learning_rate must be positive, got {self.learning_rate}")
-        if self.max_grad_norm is not None and self.max_grad_norm <= 0:
-            raise ConfigurationError(f"optimizer.max_grad_norm must be positive or null, got {self.max_grad_norm}")
+        if not 0 < self.learning_rate < math.inf:
+            raise ConfigurationError(f"optimizer.learning_rate must be a positive number, got {self.learning_rate}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ConfigurationError(f"optimizer.weight_decay must be a number >= 0, got {self.weight_decay}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigurationError(f"optimizer.betas must be in [0, 1), got {tuple(self.betas)}")
+        if self.warmup_steps < 0:
+            raise ConfigurationError(f"optimizer.warmup_steps must be at least 0, got {self.warmup_steps}")
+        if self.max_grad_norm is not None and not 0 < self.max_grad_norm < math.inf:
+            raise ConfigurationError(
+                f"optimizer.max_grad_norm must be a positive number or null, got {self.max_grad_norm}"
+            )
