@@ -13,13 +13,21 @@ import torch
 from torch import Tensor
 
 from appo_lightning.algorithm import clipped_policy_loss, kl_penalty, truncated_importance_weight
-from appo_lightning.batching import EvaluationBatch, PaddedSequences, ProcedureBatch, TraceScores, pad_trajectories
+from appo_lightning.batching import (
+    EvaluationBatch,
+    PaddedSequences,
+    ProcedureBatch,
+    TraceScores,
+    pad_trajectories,
+    padding_of,
+    split_by_tokens,
+)
 from appo_lightning.errors import ConfigurationError, NonFiniteLossError
 from appo_lightning.metrics import MetricSums, log_metrics
 from appo_lightning.policy.causal_lm import TokenScores
 from appo_lightning.policy.options import OptimizerOptions, PolicyOptions
 from appo_lightning.policy.snapshot import PolicySnapshot
-from appo_lightning.policy_module import PolicyModule
+from appo_lightning.policy_module import PolicyModule, require_budget
 from appo_lightning.rollout.serialise import tree_to_dict
 from appo_lightning.types import Trajectory
 
@@ -76,8 +84,8 @@ class AppoModule(PolicyModule):
         policy: which model, full or LoRA.
         optimizer: AdamW, schedule, clipping.
         loss: the clipped policy loss.
-        micro_batch_size: rows per forward and backward pass.
-        score_batch_size: rows per forward pass without gradient.
+        micro_batch_tokens: tokens of one forward and backward pass, padding included; a longer row still goes alone.
+        score_batch_tokens: the same for forward passes without gradient.
     """
 
     def __init__(
@@ -85,15 +93,13 @@ class AppoModule(PolicyModule):
         policy: PolicyOptions,
         optimizer: OptimizerOptions = OptimizerOptions(),  # noqa: B008  # jsonargparse shows it; never mutated
         loss: LossOptions = LossOptions(),  # noqa: B008  # likewise
-        micro_batch_size: int = 8,
-        score_batch_size: int = 16,
+        micro_batch_tokens: int = 16384,
+        score_batch_tokens: int = 32768,
     ) -> None:
-        super().__init__(policy, optimizer)
-        for name, value in (("micro_batch_size", micro_batch_size), ("score_batch_size", score_batch_size)):
-            if value < 1:
-                raise ConfigurationError(f"model.{name} must be at least 1, got {value}")
+        super().__init__(policy, optimizer, micro_batch_tokens)
+        require_budget("score_batch_tokens", score_batch_tokens)
         self.loss_options = loss
-        self.micro_batch_size, self.score_batch_size = micro_batch_size, score_batch_size
+        self.score_batch_tokens = score_batch_tokens
         self._reference: PolicySnapshot | None = None
         self._phase_start: PolicySnapshot | None = None
         self._previous: PolicySnapshot | None = None
@@ -142,7 +148,7 @@ class AppoModule(PolicyModule):
         """Scores [B, L] on the CPU, in chunks of similar length; every rank runs the same number of forwards."""
         logprobs = torch.zeros(sequences.mask.shape)
         entropies = torch.zeros(sequences.mask.shape)
-        chunks = _chunks(sequences.lengths, self.score_batch_size)
+        chunks = split_by_tokens(sequences.lengths, self.score_batch_tokens)
         for index in range(self.global_max(len(chunks))):
             rows = chunks[index] if index < len(chunks) else torch.zeros(1, dtype=torch.long)
             part = (sequences if len(chunks) else _one_token()).rows(rows).to(self.device)
@@ -169,7 +175,7 @@ class AppoModule(PolicyModule):
         num_tokens = self.global_sum(batch.mask.sum().float()).clamp(min=1)
         started = time.monotonic()
         metrics = MetricSums()
-        micro_batches = self._micro_batches(batch)
+        micro_batches = self._micro_batches(batch, metrics)
         try:
             step = self.optimiser_step(
                 micro_batches,
@@ -215,14 +221,16 @@ class AppoModule(PolicyModule):
         metrics.add_sum("loss/policy", float(result.loss.detach()) * float(num_tokens), count)
         return loss
 
-    def _micro_batches(self, batch: ProcedureBatch) -> list[_MicroBatch]:
+    def _micro_batches(self, batch: ProcedureBatch, metrics: MetricSums) -> list[_MicroBatch]:
         assert batch.advantages is not None
         reference = None
         if self._reference is not None:
             with self._reference.active(), self.scoring():
                 reference = self._score_rows(batch.sequences.to(torch.device("cpu")), batch.temperature).logprobs
         parts = []
-        for rows in _chunks(batch.sequences.lengths.cpu(), self.micro_batch_size):
+        lengths = batch.sequences.lengths.cpu()
+        for rows in split_by_tokens(lengths, self.micro_batch_tokens):
+            metrics.add_sum("time/padding_share", *padding_of(lengths[rows]))
             sequences = batch.sequences.rows(rows.to(batch.mask.device))
             width = sequences.mask.shape[1]
             parts.append(
@@ -297,11 +305,6 @@ class AppoModule(PolicyModule):
             self._phase_start, self._previous = PolicySnapshot(self.policy), PolicySnapshot(self.policy)
             self._phase_start.load_state_dict(checkpoint["snapshots"]["phase_start"])
             self._previous.load_state_dict(checkpoint["snapshots"]["previous"])
-
-
-def _chunks(lengths: Tensor, size: int) -> list[Tensor]:
-    """Row indices in chunks of similar length, the longest first: memory peaks early."""
-    return list(lengths.argsort(descending=True, stable=True).split(size)) if len(lengths) else []
 
 
 def _idle_micro_batch(device: torch.device) -> _MicroBatch:
