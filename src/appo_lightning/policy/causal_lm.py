@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
 
 from appo_lightning.errors import ConfigurationError
+from appo_lightning.policy.chunked_scores import chunked_scores
 from appo_lightning.policy.options import PolicyOptions
 
 if TYPE_CHECKING:
@@ -95,25 +95,18 @@ class CausalPolicy(nn.Module):
         out = hidden.new_zeros((batch, width), dtype=torch.float32)
         if len(rows) == 0:
             # Nothing to score, but every weight takes part: DDP and FSDP2 wait for the gradients of all of them.
-            unused, _ = _score_tokens(head, hidden[:1, 0], token_ids[:1, 0], temperature, False)
+            unused = head(hidden[:1, 0]).float()
             return out + 0.0 * unused.sum(), out if with_entropy else None
-        targets = token_ids[rows, columns + 1]
-        selected = hidden[rows, columns]  # [n, D]
-        logprobs, entropies = [], []
-        for states, ids in zip(
-            selected.split(self.options.logit_chunk), targets.split(self.options.logit_chunk), strict=True
-        ):
-            if torch.is_grad_enabled():
-                logprob, entropy = checkpoint(
-                    _score_tokens, head, states, ids, temperature, with_entropy, use_reentrant=False
-                )
-            else:
-                logprob, entropy = _score_tokens(head, states, ids, temperature, with_entropy)
-            logprobs.append(logprob)
-            entropies.append(entropy)
+        logprobs, entropies = chunked_scores(
+            head,
+            hidden[rows, columns],
+            token_ids[rows, columns + 1],
+            temperature=temperature,
+            with_entropy=with_entropy,
+            chunk=self.options.logit_chunk,
+        )
         index = (rows, columns + 1)
-        scored = out.index_put(index, torch.cat(logprobs))
-        return scored, out.index_put(index, torch.cat(entropies)) if with_entropy else None
+        return out.index_put(index, logprobs), None if entropies is None else out.index_put(index, entropies)
 
     def score(
         self,
@@ -198,22 +191,6 @@ class CausalPolicy(nn.Module):
         if self.options.lora is not None and model is not self.model and model.generation_config is not None:
             self._causal_lm.generation_config.save_pretrained(str(directory))
         self.tokenizer.save_pretrained(str(directory))
-
-
-def _score_tokens(
-    head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float, with_entropy: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Log-probs [n] of the targets, entropies [n], from hidden states [n, D]."""
-    logits = head(hidden).float()
-    if temperature != 1.0:
-        logits = logits / temperature
-    log_normaliser = logits.logsumexp(-1)
-    logprobs = logits.gather(-1, targets[:, None])[:, 0] - log_normaliser
-    if not with_entropy:
-        return logprobs, None
-    with torch.no_grad():
-        entropy = log_normaliser - (logits.softmax(-1) * logits).sum(-1)
-    return logprobs, entropy
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
