@@ -80,15 +80,14 @@ class CausalPolicy(nn.Module):
         return int(self._causal_lm.config.max_position_embeddings)
 
     def forward(
-        self, token_ids: Tensor, lengths: Tensor, mask: Tensor, temperature: float, with_entropy: bool
+        self, token_ids: Tensor, mask: Tensor, temperature: float, with_entropy: bool
     ) -> tuple[Tensor, Tensor | None]:
         """See ``score``; goes through ``forward`` so that FSDP2's hooks gather the weights."""
         batch, width = token_ids.shape
-        attention_mask = torch.arange(width, device=token_ids.device)[None] < lengths[:, None]
         model = self._causal_lm
-        hidden = model.get_decoder()(
-            input_ids=token_ids, attention_mask=attention_mask, use_cache=False
-        ).last_hidden_state  # [B, L, D]
+        # No padding mask: padding stands behind every token that counts and attention is causal. Without a mask the
+        # kernels skip what lies in the future.
+        hidden = model.get_decoder()(input_ids=token_ids, use_cache=False).last_hidden_state  # [B, L, D]
         # The hidden state at t-1 predicts token t.
         rows, columns = mask[:, 1:].nonzero(as_tuple=True)
         head = model.get_output_embeddings()
@@ -132,7 +131,7 @@ class CausalPolicy(nn.Module):
         """
         inside = torch.arange(token_ids.shape[1], device=token_ids.device)[None] < lengths[:, None]
         mask = inside if mask is None else mask & inside
-        return TokenScores(*self(token_ids, lengths, mask, temperature, entropy))
+        return TokenScores(*self(token_ids, mask, temperature, entropy))
 
     @torch.no_grad()
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
