@@ -93,9 +93,13 @@ class PolicyModule(L.LightningModule):
             self.policy = CausalPolicy(self.policy_options)
         # transformers loads in evaluation mode, in which gradient checkpointing does nothing.
         self.policy.train(self.training)
+        self.check_policy()
         if self.device_mesh is not None:
             shard_policy(self.policy, self.device_mesh["data_parallel"])
         self.on_policy_built()
+
+    def check_policy(self) -> None:
+        """Called once with the whole policy, before it is sharded: refuse one that cannot do what is asked of it."""
 
     def on_policy_built(self) -> None:
         """Called once, before a checkpoint is restored: the policy has its first weights."""

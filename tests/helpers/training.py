@@ -111,6 +111,7 @@ class Run:
     optimizer: OptimizerOptions = field(default_factory=lambda: OptimizerOptions(learning_rate=1e-3))
     micro_batch_tokens: int = 240  # about three rows
     score_batch_tokens: int = 240
+    shared_prefixes: bool = False
     train_branches: bool = False
     resume: str | None = None
     trainer: dict[str, Any] = field(default_factory=dict)
@@ -124,6 +125,7 @@ class Run:
             self.loss,
             micro_batch_tokens=self.micro_batch_tokens,
             score_batch_tokens=self.score_batch_tokens,
+            shared_prefixes=self.shared_prefixes,
         )
 
     def data(self, sampler: Sampler | None = None) -> RolloutDataModule:

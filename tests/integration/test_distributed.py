@@ -115,6 +115,14 @@ def test_two_ranks_train_like_one_process(checkpoint, one_process, strategy, lor
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
+def test_shared_prefixes_work_on_two_ranks(checkpoint, one_process, strategy) -> None:
+    # Prompts differ in what their rows share: so do the ranks in their numbers of forward passes.
+    run = Run(checkpoint, max_steps=2, train_branches=True, micro_batch_tokens=160, score_batch_tokens=160)
+    run.optimizer, run.strategy, run.shared_prefixes = SMALL_STEPS, strategy, True
+    assert_same_training(run_ranks(fit, run), one_process(run))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_reference_previous_policy_and_phases_work_on_two_ranks(checkpoint, one_process, strategy) -> None:
     run = Run(
         checkpoint,
