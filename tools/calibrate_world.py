@@ -40,9 +40,8 @@ def train(config: dict[str, Any], folder: Path, seed: int) -> tuple[str, float]:
     tiny = create_tiny_policy(folder / "tiny", seed)
     data_options = dict(config["data"])
     source = LookupDemonstrations(**{**data_options.pop("source")["init_args"], "seed": 1000 + seed})
-    module = SFTModule(
-        PolicyOptions(str(tiny)), OptimizerOptions(**config["model"]["optimizer"]), config["model"]["micro_batch_size"]
-    )
+    model = config["model"]
+    module = SFTModule(PolicyOptions(str(tiny)), OptimizerOptions(**model["optimizer"]), model["micro_batch_tokens"])
     trainer = L.Trainer(
         accelerator="cpu",
         max_epochs=1,

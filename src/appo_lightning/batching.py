@@ -98,6 +98,30 @@ class EvaluationBatch:
         return [root for tree in self.trees for root in tree.roots]
 
 
+def split_by_tokens(lengths: Tensor, budget: int) -> list[Tensor]:
+    """Row indices in chunks of similar length, each at most ``budget`` tokens with its padding.
+
+    The longest rows come first, so that memory peaks early. A row longer than the budget is a chunk of its own.
+
+    Args:
+        lengths: [B] tokens of each row.
+        budget: rows of a chunk times the longest of them.
+    """
+    order = lengths.argsort(descending=True, stable=True)
+    chunks, start = [], 0
+    while start < len(order):
+        size = max(1, budget // int(lengths[order[start]]))
+        chunks.append(order[start : start + size])
+        start += size
+    return chunks
+
+
+def padding_of(lengths: Tensor) -> tuple[int, int]:
+    """Padding among the tokens of one padded chunk, and all its tokens."""
+    padded = len(lengths) * int(lengths.max())
+    return padded - int(lengths.sum()), padded
+
+
 def pad_trajectories(trajectories: Sequence[Trajectory]) -> PaddedSequences:
     """Trajectories as rows, in order."""
     width = max((len(t.prompt_ids) + len(t.response_ids) for t in trajectories), default=1)

@@ -15,13 +15,22 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from appo_lightning.algorithm import clipped_policy_loss, kl_penalty, truncated_importance_weight
-from appo_lightning.batching import EvaluationBatch, PaddedSequences, ProcedureBatch, TraceScores, pad_trajectories
+from appo_lightning.batching import (
+    EvaluationBatch,
+    PaddedSequences,
+    ProcedureBatch,
+    TraceScores,
+    pad_trajectories,
+    padding_of,
+    split_by_tokens,
+)
 from appo_lightning.errors import ConfigurationError, NonFiniteLossError
 from appo_lightning.metrics import MetricSums, log_metrics
 from appo_lightning.policy.causal_lm import TokenScores
 from appo_lightning.policy.options import OptimizerOptions, PolicyOptions
 from appo_lightning.policy.snapshot import PolicySnapshot
-from appo_lightning.policy_module import PolicyModule
+from appo_lightning.policy.tree_packing import TreePacking, pack_trees, plan_packs
+from appo_lightning.policy_module import PolicyModule, require_budget
 from appo_lightning.rollout.serialise import tree_to_dict
 from appo_lightning.types import Trajectory
 
@@ -71,6 +80,15 @@ class LossOptions:
 
 
 @dataclass(slots=True)
+class _Chunk:
+    """Rows of one forward pass."""
+
+    rows: Tensor  # [b] row numbers
+    lengths: Tensor  # tokens of what is computed and padded to one length: rows, or packs of them
+    packing: TreePacking | None = None
+
+
+@dataclass(slots=True)
 class _MicroBatch:
     """Some rows of a mini-batch, on the device."""
 
@@ -79,6 +97,7 @@ class _MicroBatch:
     behaviour_logprobs: Tensor  # [b, l]
     advantages: Tensor  # [b, l]
     reference_logprobs: Tensor | None  # [b, l]
+    packing: TreePacking | None = None  # of the sequences
 
 
 class AppoModule(PolicyModule):
@@ -88,8 +107,10 @@ class AppoModule(PolicyModule):
         policy: which model, full or LoRA.
         optimizer: AdamW, schedule, clipping.
         loss: the clipped policy loss.
-        micro_batch_size: rows per forward and backward pass.
-        score_batch_size: rows per forward pass without gradient.
+        micro_batch_tokens: tokens of one forward and backward pass, padding included; a longer row still goes alone.
+        score_batch_tokens: the same for forward passes without gradient.
+        shared_prefixes: compute the prompt that roots share, and the prefix that a branch shares with its root, once.
+            Pays where prompts are long; needs sdpa or eager attention, without sliding windows.
     """
 
     def __init__(
@@ -97,15 +118,15 @@ class AppoModule(PolicyModule):
         policy: PolicyOptions,
         optimizer: OptimizerOptions = OptimizerOptions(),  # noqa: B008  # jsonargparse shows it; never mutated
         loss: LossOptions = LossOptions(),  # noqa: B008  # likewise
-        micro_batch_size: int = 8,
-        score_batch_size: int = 16,
+        micro_batch_tokens: int = 16384,
+        score_batch_tokens: int = 32768,
+        shared_prefixes: bool = False,
     ) -> None:
-        super().__init__(policy, optimizer)
-        for name, value in (("micro_batch_size", micro_batch_size), ("score_batch_size", score_batch_size)):
-            if value < 1:
-                raise ConfigurationError(f"model.{name} must be at least 1, got {value}")
+        super().__init__(policy, optimizer, micro_batch_tokens)
+        require_budget("score_batch_tokens", score_batch_tokens)
         self.loss_options = loss
-        self.micro_batch_size, self.score_batch_size = micro_batch_size, score_batch_size
+        self.score_batch_tokens = score_batch_tokens
+        self.shared_prefixes = shared_prefixes
         self._reference: PolicySnapshot | None = None
         self._phase_start: PolicySnapshot | None = None
         self._previous: PolicySnapshot | None = None
@@ -120,8 +141,10 @@ class AppoModule(PolicyModule):
 
     def score(self, trajectories: Sequence[Trajectory], *, temperature: float) -> list[TraceScores]:
         """Log-probs and entropies of the sampled tokens with the current weights, in the order given."""
+        numbers: dict[tuple[int, ...], int] = {}
+        prompts = [numbers.setdefault(tuple(t.prompt_ids), len(numbers)) for t in trajectories]
         with self.scoring():
-            scored = self._score_rows(pad_trajectories(trajectories), temperature)
+            scored = self._score_rows(pad_trajectories(trajectories), torch.tensor(prompts), temperature)
         return [
             TraceScores(
                 scored.logprobs[row, (start := len(t.prompt_ids)) : start + len(t.response_ids)].clone(),
@@ -154,24 +177,43 @@ class AppoModule(PolicyModule):
     def _datamodule(self) -> Any:
         return self.trainer.datamodule  # type: ignore[attr-defined]
 
-    def _score_rows(self, sequences: PaddedSequences, temperature: float) -> TokenScores:
+    def _score_rows(self, sequences: PaddedSequences, prompts: Tensor, temperature: float) -> TokenScores:
         """Scores [B, L] on the CPU, in chunks of similar length; every rank runs the same number of forwards."""
         logprobs = torch.zeros(sequences.mask.shape)
         entropies = torch.zeros(sequences.mask.shape)
-        chunks = _chunks(sequences.lengths, self.score_batch_size)
+        chunks = self._split(sequences, prompts, self.score_batch_tokens)
         for index in range(self.global_max(len(chunks))):
-            rows = chunks[index] if index < len(chunks) else torch.zeros(1, dtype=torch.long)
-            part = (sequences if len(chunks) else _one_token()).rows(rows).to(self.device)
+            chunk = chunks[index] if index < len(chunks) else None
+            part = (_one_token() if chunk is None else sequences.rows(chunk.rows)).to(self.device)
+            packing = None if chunk is None or chunk.packing is None else chunk.packing.to(self.device)
             scored = self.policy.score(
-                part.token_ids, part.lengths, mask=part.mask, temperature=temperature, entropy=True
+                part.token_ids, part.lengths, mask=part.mask, temperature=temperature, entropy=True, packing=packing
             )
-            if index < len(chunks) and scored.entropies is not None:
+            if chunk is not None and scored.entropies is not None:
                 width = part.mask.shape[1]
-                logprobs[rows, :width] = scored.logprobs.cpu()
-                entropies[rows, :width] = scored.entropies.cpu()
+                logprobs[chunk.rows, :width] = scored.logprobs.cpu()
+                entropies[chunk.rows, :width] = scored.entropies.cpu()
         return TokenScores(logprobs, entropies)
 
+    def _split(self, sequences: PaddedSequences, prompts: Tensor, budget: int) -> list[_Chunk]:
+        """Rows [B] of some prompts [B], on the CPU, in chunks of at most ``budget`` tokens."""
+        if not self.shared_prefixes:
+            return [_Chunk(rows, sequences.lengths[rows]) for rows in split_by_tokens(sequences.lengths, budget)]
+        packs = plan_packs(sequences.token_ids, sequences.lengths, prompts, budget=budget)
+        lengths = torch.tensor([pack.length for pack in packs], dtype=torch.long)
+        chunks = []
+        for chosen in split_by_tokens(lengths, budget):
+            together = [packs[index] for index in chosen.tolist()]
+            rows = torch.tensor([row for pack in together for row in pack.rows])
+            part = sequences.rows(rows)
+            chunks.append(_Chunk(rows, lengths[chosen], pack_trees(part.token_ids, part.lengths, together)))
+        return chunks
+
     # --- training ----------------------------------------------------------------------------------------------------
+
+    def check_policy(self) -> None:
+        if self.shared_prefixes:
+            self.policy.require_tree_attention()
 
     def on_policy_built(self) -> None:
         if self.loss_options.kl != "none":
@@ -185,7 +227,7 @@ class AppoModule(PolicyModule):
         num_tokens = self.global_sum(batch.mask.sum().float()).clamp(min=1)
         started = time.monotonic()
         metrics = MetricSums()
-        micro_batches = self._micro_batches(batch)
+        micro_batches = self._micro_batches(batch, metrics)
         try:
             step = self.optimiser_step(
                 micro_batches,
@@ -204,7 +246,13 @@ class AppoModule(PolicyModule):
 
     def _loss(self, part: _MicroBatch, temperature: float, num_tokens: Tensor, metrics: MetricSums) -> Tensor:
         options, mask = self.loss_options, part.sequences.mask
-        scored = self.policy.score(part.sequences.token_ids, part.sequences.lengths, mask=mask, temperature=temperature)
+        scored = self.policy.score(
+            part.sequences.token_ids,
+            part.sequences.lengths,
+            mask=mask,
+            temperature=temperature,
+            packing=part.packing,
+        )
         weight = None
         if options.importance_cap is not None:
             weight = truncated_importance_weight(part.old_logprobs, part.behaviour_logprobs, options.importance_cap)
@@ -231,14 +279,18 @@ class AppoModule(PolicyModule):
         metrics.add_sum("loss/policy", float(result.loss.detach()) * float(num_tokens), count)
         return loss
 
-    def _micro_batches(self, batch: ProcedureBatch) -> list[_MicroBatch]:
+    def _micro_batches(self, batch: ProcedureBatch, metrics: MetricSums) -> list[_MicroBatch]:
         assert batch.advantages is not None
+        everything, prompts = batch.sequences.to(torch.device("cpu")), batch.prompt_index.cpu()
         reference = None
         if self._reference is not None:
             with self._reference.active(), self.scoring():
-                reference = self._score_rows(batch.sequences.to(torch.device("cpu")), batch.temperature).logprobs
+                reference = self._score_rows(everything, prompts, batch.temperature).logprobs
         parts = []
-        for rows in _chunks(batch.sequences.lengths.cpu(), self.micro_batch_size):
+        for chunk in self._split(everything, prompts, self.micro_batch_tokens):
+            rows, tokens = chunk.rows, int(everything.lengths[chunk.rows].sum())
+            metrics.add_sum("time/padding_share", *padding_of(chunk.lengths))
+            metrics.add_sum("time/shared_token_share", tokens - int(chunk.lengths.sum()), tokens)
             sequences = batch.sequences.rows(rows.to(batch.mask.device))
             width = sequences.mask.shape[1]
             parts.append(
@@ -248,6 +300,7 @@ class AppoModule(PolicyModule):
                     batch.behaviour_logprobs[rows, :width],
                     batch.advantages[rows, :width],
                     None if reference is None else reference[rows, :width].to(self.device),
+                    None if chunk.packing is None else chunk.packing.to(self.device),
                 )
             )
         return parts
@@ -317,11 +370,6 @@ class AppoModule(PolicyModule):
             self._phase_start, self._previous = PolicySnapshot(self.policy), PolicySnapshot(self.policy)
             self._phase_start.load_state_dict(checkpoint["snapshots"]["phase_start"])
             self._previous.load_state_dict(checkpoint["snapshots"]["previous"])
-
-
-def _chunks(lengths: Tensor, size: int) -> list[Tensor]:
-    """Row indices in chunks of similar length, the longest first: memory peaks early."""
-    return list(lengths.argsort(descending=True, stable=True).split(size)) if len(lengths) else []
 
 
 def _idle_micro_batch(device: torch.device) -> _MicroBatch:

@@ -35,16 +35,25 @@ class StepResult:
     learning_rate: float
 
 
+def require_budget(name: str, tokens: int) -> None:
+    """Refuse a budget that holds nothing."""
+    if tokens < 1:
+        raise ConfigurationError(f"model.{name} must be at least 1, got {tokens}; some thousands are usual")
+
+
 class PolicyModule(L.LightningModule):
     """A policy under manual optimisation.
 
     Args:
         policy: which model.
         optimizer: how it is optimised.
+        micro_batch_tokens: tokens of one forward and backward pass, padding included.
     """
 
-    def __init__(self, policy: PolicyOptions, optimizer: OptimizerOptions) -> None:
+    def __init__(self, policy: PolicyOptions, optimizer: OptimizerOptions, micro_batch_tokens: int) -> None:
         super().__init__()
+        require_budget("micro_batch_tokens", micro_batch_tokens)
+        self.micro_batch_tokens = micro_batch_tokens
         self.automatic_optimization = False
         self.policy_options = policy
         self.optimizer_options = optimizer
@@ -84,9 +93,13 @@ class PolicyModule(L.LightningModule):
             self.policy = CausalPolicy(self.policy_options)
         # transformers loads in evaluation mode, in which gradient checkpointing does nothing.
         self.policy.train(self.training)
+        self.check_policy()
         if self.device_mesh is not None:
             shard_policy(self.policy, self.device_mesh["data_parallel"])
         self.on_policy_built()
+
+    def check_policy(self) -> None:
+        """Called once with the whole policy, before it is sharded: refuse one that cannot do what is asked of it."""
 
     def on_policy_built(self) -> None:
         """Called once, before a checkpoint is restored: the policy has its first weights."""

@@ -16,6 +16,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from appo_lightning.batching import split_by_tokens
 from appo_lightning.errors import ConfigurationError, DataError
 from appo_lightning.metrics import MetricSums, log_metrics
 from appo_lightning.policy.options import OptimizerOptions, PolicyOptions
@@ -77,19 +78,16 @@ class SFTModule(PolicyModule):
     Args:
         policy: which model, full or LoRA.
         optimizer: AdamW, schedule, clipping.
-        micro_batch_size: demonstrations per forward and backward pass; rows of similar length go together.
+        micro_batch_tokens: tokens of one forward and backward pass, padding included; a longer row still goes alone.
     """
 
     def __init__(
         self,
         policy: PolicyOptions,
         optimizer: OptimizerOptions = OptimizerOptions(),  # noqa: B008  # jsonargparse shows it; never mutated
-        micro_batch_size: int = 8,
+        micro_batch_tokens: int = 16384,
     ) -> None:
-        super().__init__(policy, optimizer)
-        if micro_batch_size < 1:
-            raise ConfigurationError(f"model.micro_batch_size must be at least 1, got {micro_batch_size}")
-        self.micro_batch_size = micro_batch_size
+        super().__init__(policy, optimizer, micro_batch_tokens)
 
     def training_step(self, batch: TokenRows, batch_idx: int) -> None:
         num_tokens = self.global_sum(batch.trained.sum().float()).clamp(min=1)
@@ -100,8 +98,8 @@ class SFTModule(PolicyModule):
             _measure(metrics, logprobs.detach(), part)
             return -logprobs.sum() / num_tokens
 
-        order = batch.lengths.argsort(descending=True, stable=True)
-        step = self.optimiser_step([batch.rows(part) for part in order.split(self.micro_batch_size)], loss_of)
+        chunks = split_by_tokens(batch.lengths.cpu(), self.micro_batch_tokens)
+        step = self.optimiser_step([batch.rows(rows.to(self.device)) for rows in chunks], loss_of)
         metrics.add_all({"sft/grad_norm": step.grad_norm, "sft/learning_rate": step.learning_rate})
         metrics.add("sft/tokens", float(num_tokens))
         metrics.add("sft/cut_fraction", batch.was_cut.float())

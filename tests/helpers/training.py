@@ -109,8 +109,9 @@ class Run:
     branching: BranchingOptions = field(default_factory=lambda: BranchingOptions(2, 4))
     loss: LossOptions = field(default_factory=LossOptions)
     optimizer: OptimizerOptions = field(default_factory=lambda: OptimizerOptions(learning_rate=1e-3))
-    micro_batch_size: int = 3
-    score_batch_size: int = 3
+    micro_batch_tokens: int = 240  # about three rows
+    score_batch_tokens: int = 240
+    shared_prefixes: bool = False
     train_branches: bool = False
     resume: str | None = None
     trainer: dict[str, Any] = field(default_factory=dict)
@@ -122,8 +123,9 @@ class Run:
             PolicyOptions(self.checkpoint, lora=LORA if self.lora else None),
             self.optimizer,
             self.loss,
-            micro_batch_size=self.micro_batch_size,
-            score_batch_size=self.score_batch_size,
+            micro_batch_tokens=self.micro_batch_tokens,
+            score_batch_tokens=self.score_batch_tokens,
+            shared_prefixes=self.shared_prefixes,
         )
 
     def data(self, sampler: Sampler | None = None) -> RolloutDataModule:

@@ -104,7 +104,7 @@ def assert_equal_weights(one: Result, other: Result) -> None:
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_two_ranks_train_like_one_process(checkpoint, one_process, strategy, lora) -> None:
     # Branches are rows too: about every step the ranks have different numbers of micro-batches.
-    run = Run(checkpoint, max_steps=2, lora=lora, train_branches=True, micro_batch_size=2, strategy=strategy)
+    run = Run(checkpoint, max_steps=2, lora=lora, train_branches=True, micro_batch_tokens=160, strategy=strategy)
     run.optimizer = SMALL_STEPS
     ranks = run_ranks(fit, run)
     one = one_process(run)
@@ -112,6 +112,14 @@ def test_two_ranks_train_like_one_process(checkpoint, one_process, strategy, lor
     untrained = AutoModelForCausalLM.from_pretrained(checkpoint)
     name = "model.layers.0.self_attn.q_proj.weight"
     assert abs(one.weights[name] - untrained.get_parameter(name).detach().numpy()).max() > 50 * CLOSE
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_shared_prefixes_work_on_two_ranks(checkpoint, one_process, strategy) -> None:
+    # Prompts differ in what their rows share: so do the ranks in their numbers of forward passes.
+    run = Run(checkpoint, max_steps=2, train_branches=True, micro_batch_tokens=160, score_batch_tokens=160)
+    run.optimizer, run.strategy, run.shared_prefixes = SMALL_STEPS, strategy, True
+    assert_same_training(run_ranks(fit, run), one_process(run))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -133,7 +141,7 @@ class UnequalMicroBatches(L.Callback):
     """Rank 0 cuts its rows one by one, rank 1 not at all."""
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        pl_module.micro_batch_size = 1 if trainer.global_rank == 0 else 100
+        pl_module.micro_batch_tokens = 1 if trainer.global_rank == 0 else 10**6
 
 
 def fit_unequal(run: Run) -> Result:

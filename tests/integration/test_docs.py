@@ -220,7 +220,7 @@ def test_every_group_of_keys_is_explained():
     groups = {*parsed, *(f"data.{key}" for key in parsed["data"]), *(f"model.{key}" for key in parsed["model"])}
     groups -= {"data", "model", "config", "weights_only"}  # weights_only: Lightning's, no use here
     # Options of an evaluation, explained by the help of the class.
-    groups -= {"data.validation_rollouts", "data.validation_temperature", "model.score_batch_size"}
+    groups -= {"data.validation_rollouts", "data.validation_temperature"}
     missing = {group for group in groups if f"`{group}" not in text and f"--{group}" not in text}
     own = {group for group in missing if not (group.startswith("model.") and f"`{group.split('.')[1]}" in text)}
     assert not own

@@ -130,15 +130,52 @@ def test_the_gradient_is_that_of_the_loss_on_paper(checkpoint, loss, train_branc
 
 
 def test_micro_batches_change_nothing(checkpoint) -> None:
-    one, all_rows = (
-        train(Run(checkpoint, max_steps=1, optimizer=NO_CLIPPING, micro_batch_size=size, train_branches=True))
-        for size in (1, 1000)
+    # One row each, about four, all together.
+    each, some, together = (
+        train(Run(checkpoint, max_steps=1, optimizer=NO_CLIPPING, micro_batch_tokens=tokens, train_branches=True))
+        for tokens in (1, 320, 10**6)
     )
-    for name, gradient in one[0].gradients[0].items():
-        torch.testing.assert_close(gradient, all_rows[0].gradients[0][name], atol=1e-6, rtol=0, msg=name)
-    for name, value in one[2].steps[1].items():
-        if name.startswith("loss/"):
-            assert value == pytest.approx(all_rows[2].steps[1][name], abs=1e-6), name
+    for cut in (each, some):
+        for name, gradient in cut[0].gradients[0].items():
+            torch.testing.assert_close(gradient, together[0].gradients[0][name], atol=1e-6, rtol=0, msg=name)
+        for name, value in cut[2].steps[1].items():
+            if name.startswith("loss/"):
+                assert value == pytest.approx(together[2].steps[1][name], abs=1e-6), name
+    padding = [run[2].steps[1]["time/padding_share"] for run in (each, some, together)]
+    lengths = together[0].batches[0].sequences.lengths
+    assert (
+        padding[0] == 0.0 < padding[1] < padding[2] == pytest.approx(float(1 - lengths.float().mean() / lengths.max()))
+    )
+
+
+@pytest.mark.parametrize("tokens", [150, 10**6])
+def test_shared_prefixes_change_nothing(checkpoint, tokens) -> None:
+    run = Run(checkpoint, max_steps=2, optimizer=NO_CLIPPING, train_branches=True, micro_batch_tokens=tokens)
+    run.score_batch_tokens, run.loss = tokens, LossOptions(kl="k3", kl_coefficient=0.1)
+    alone = train(run)
+    run.shared_prefixes = True
+    packed = train(run)
+    for step in range(2):
+        for name in ("old_logprobs", "current_logprobs", "entropies"):
+            ours, theirs = (getattr(catcher.batches[step], name) for catcher in (packed[0], alone[0]))
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0, msg=name)
+        for name, gradient in packed[0].gradients[step].items():
+            torch.testing.assert_close(gradient, alone[0].gradients[step][name], atol=1e-5, rtol=1e-4, msg=name)
+    saved = [run[2].steps[1]["time/shared_token_share"] for run in (alone, packed)]
+    assert saved[0] == 0.0
+    batch = packed[0].batches[0]
+    prompts = [len(tree.task.prompt_ids) for tree in batch.trees]
+    every_prompt_once = sum(3 * prompt for prompt in prompts) / float(batch.sequences.lengths.sum())  # 4 rows each
+    if tokens == 10**6:
+        assert saved[1] > every_prompt_once  # and the branches' prefixes
+    else:
+        assert saved[1] > 0
+
+
+@pytest.mark.parametrize("name", ["micro_batch_tokens", "score_batch_tokens"])
+def test_a_budget_that_holds_nothing_is_refused(checkpoint, name) -> None:
+    with pytest.raises(ConfigurationError, match=f"model.{name} must be at least 1, got 0"):
+        Run(checkpoint, **{name: 0}).module()
 
 
 @pytest.mark.parametrize("place", ["loss", "gradient"])

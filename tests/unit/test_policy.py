@@ -16,6 +16,7 @@ from appo_lightning.errors import ConfigurationError
 from appo_lightning.policy.causal_lm import CausalPolicy
 from appo_lightning.policy.options import LoraOptions, PolicyOptions
 from appo_lightning.policy.snapshot import PolicySnapshot
+from helpers.memory import LargestOverVocabulary
 from helpers.tiny import perturb, save_tiny
 
 # float32 forwards and gradients that differ in the order of sums only.
@@ -108,6 +109,19 @@ def test_gradients_are_those_of_the_plain_computation(checkpoints, lora, tied, g
     for name, parameter in policy.trainable():
         scale = max(1.0, float(parameter.grad.abs().max()))
         torch.testing.assert_close(ours[name], parameter.grad, atol=TOLERANCE * scale, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_no_logits_of_more_than_a_chunk_exist_forward_or_backward(path, lora) -> None:
+    policy = build(path, lora=lora, logit_chunk=2).train()
+    ids, lengths, mask = ragged()
+    config = policy.model.config
+    with LargestOverVocabulary(config.vocab_size, config.hidden_size) as largest:
+        policy.score(ids, lengths, mask=mask, temperature=0.7).logprobs.sum().backward()
+    assert largest.tokens == 2
+    with LargestOverVocabulary(config.vocab_size, config.hidden_size) as largest:
+        policy.model(ids)
+    assert largest.tokens == ids.numel()  # it would have been seen
 
 
 def test_a_batch_with_nothing_to_score_still_gives_every_weight_a_gradient(checkpoints) -> None:

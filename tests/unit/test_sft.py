@@ -47,11 +47,11 @@ class Losses(L.Callback):
         self.values.append(float(trainer.callback_metrics["sft/loss"]))
 
 
-def make_module(path: str, *, lora: bool = False, micro_batch_size: int = 8) -> SFTModule:
+def make_module(path: str, *, lora: bool = False, micro_batch_tokens: int = 16384) -> SFTModule:
     return SFTModule(
         PolicyOptions(path, lora=LoraOptions(rank=4) if lora else None),
         OptimizerOptions(learning_rate=1e-2),
-        micro_batch_size,
+        micro_batch_tokens,
     )
 
 
@@ -209,8 +209,8 @@ def test_thirty_steps_lower_the_loss(tiny, tmp_path, lora):
 
 def test_the_loss_is_a_mean_over_tokens_whatever_the_micro_batches(tiny, tmp_path):
     weights, losses = [], []
-    for size in (8, 2):
-        module, record = make_module(tiny, micro_batch_size=size), Losses()
+    for tokens in (16384, 150):
+        module, record = make_module(tiny, micro_batch_tokens=tokens), Losses()
         fit(module, make_data(), tmp_path, callbacks=[record], max_epochs=1, limit_train_batches=3)
         weights.append(torch.cat([parameter.flatten() for parameter in module.policy.parameters()]))
         losses.append(record.values)

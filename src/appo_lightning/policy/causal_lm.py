@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
 
 from appo_lightning.errors import ConfigurationError
+from appo_lightning.policy.chunked_scores import chunked_scores
 from appo_lightning.policy.options import PolicyOptions
+from appo_lightning.policy.tree_packing import TreePacking, pack_trees, plan_packs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -80,40 +81,76 @@ class CausalPolicy(nn.Module):
         return int(self._causal_lm.config.max_position_embeddings)
 
     def forward(
-        self, token_ids: Tensor, lengths: Tensor, mask: Tensor, temperature: float, with_entropy: bool
+        self, token_ids: Tensor, mask: Tensor, temperature: float, with_entropy: bool, packing: TreePacking | None
     ) -> tuple[Tensor, Tensor | None]:
         """See ``score``; goes through ``forward`` so that FSDP2's hooks gather the weights."""
-        batch, width = token_ids.shape
-        attention_mask = torch.arange(width, device=token_ids.device)[None] < lengths[:, None]
         model = self._causal_lm
-        hidden = model.get_decoder()(
-            input_ids=token_ids, attention_mask=attention_mask, use_cache=False
-        ).last_hidden_state  # [B, L, D]
-        # The hidden state at t-1 predicts token t.
-        rows, columns = mask[:, 1:].nonzero(as_tuple=True)
+        # No padding mask: padding stands behind every token that counts and attention is causal. Without a mask the
+        # kernels skip what lies in the future.
+        where = {} if packing is None else self._tree_attention(packing)
+        hidden = model.get_decoder()(input_ids=token_ids, use_cache=False, **where).last_hidden_state  # [B, L, D]
+        # The hidden state of the token before predicts a token.
+        rows, columns = mask.nonzero(as_tuple=True)
+        before = columns - 1 if packing is None else packing.previous[rows, columns]
         head = model.get_output_embeddings()
-        out = hidden.new_zeros((batch, width), dtype=torch.float32)
+        out = hidden.new_zeros(token_ids.shape, dtype=torch.float32)
         if len(rows) == 0:
             # Nothing to score, but every weight takes part: DDP and FSDP2 wait for the gradients of all of them.
-            unused, _ = _score_tokens(head, hidden[:1, 0], token_ids[:1, 0], temperature, False)
+            unused = head(hidden[:1, 0]).float()
             return out + 0.0 * unused.sum(), out if with_entropy else None
-        targets = token_ids[rows, columns + 1]
-        selected = hidden[rows, columns]  # [n, D]
-        logprobs, entropies = [], []
-        for states, ids in zip(
-            selected.split(self.options.logit_chunk), targets.split(self.options.logit_chunk), strict=True
-        ):
-            if torch.is_grad_enabled():
-                logprob, entropy = checkpoint(
-                    _score_tokens, head, states, ids, temperature, with_entropy, use_reentrant=False
-                )
-            else:
-                logprob, entropy = _score_tokens(head, states, ids, temperature, with_entropy)
-            logprobs.append(logprob)
-            entropies.append(entropy)
-        index = (rows, columns + 1)
-        scored = out.index_put(index, torch.cat(logprobs))
-        return scored, out.index_put(index, torch.cat(entropies)) if with_entropy else None
+        logprobs, entropies = chunked_scores(
+            head,
+            hidden[rows, before],
+            token_ids[rows, columns],
+            temperature=temperature,
+            with_entropy=with_entropy,
+            chunk=self.options.logit_chunk,
+        )
+        index = (rows, columns)
+        return out.index_put(index, logprobs), None if entropies is None else out.index_put(index, entropies)
+
+    def _tree_attention(self, packing: TreePacking) -> dict[str, Tensor]:
+        visible = packing.visible()
+        if self.options.attn_implementation == "eager":  # adds it to the attention weights
+            dtype = next(self.model.parameters()).dtype
+            visible = torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
+        return {"attention_mask": visible, "position_ids": packing.position_ids}
+
+    @torch.no_grad()
+    def require_tree_attention(self) -> None:
+        """Make sure that this model computes packs of sequences as it computes the sequences alone.
+
+        Raises:
+            ConfigurationError: its attention takes no mask of one's own, or something else than masked attention
+                carries information from token to token.
+        """
+        refusal = f"model.shared_prefixes needs attention under a mask of one's own, but {self.options.path} "
+        remedy = "; set model.shared_prefixes: false"
+        if self.options.attn_implementation not in ("sdpa", "eager"):
+            raise ConfigurationError(
+                f"{refusal}runs with policy.attn_implementation: {self.options.attn_implementation}; use sdpa"
+            )
+        config = self._causal_lm.config.get_text_config()
+        kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+        if not getattr(config, "layer_types", None) and getattr(config, "sliding_window", None) is not None:
+            kinds = {"sliding_attention"}
+        if kinds:
+            raise ConfigurationError(f"{refusal}has layers of {', '.join(sorted(kinds))}{remedy}")
+        # What a configuration does not tell, a few tokens do.
+        token_ids = torch.tensor([[1, 2, 3, 4, 5, 6], [1, 2, 3, 6, 4, 5], [1, 2, 3, 6, 5, 4]])
+        lengths = torch.full((3,), 6)
+        packs = plan_packs(token_ids, lengths, torch.zeros(3), budget=18)
+        rows = torch.tensor(packs[0].rows)
+        device = next(self.model.parameters()).device
+        token_ids, lengths = token_ids[rows].to(device), lengths.to(device)
+        was_training = self.training
+        self.eval()
+        alone = self.score(token_ids, lengths).logprobs
+        packed = self.score(token_ids, lengths, packing=pack_trees(token_ids.cpu(), lengths.cpu(), packs).to(device))
+        self.train(was_training)
+        gap = float((packed.logprobs - alone).abs().max())
+        if not gap <= (1e-3 if self.options.dtype == "float32" else 0.1):
+            raise ConfigurationError(f"{refusal}scores packed tokens {gap:.3g} nats off{remedy}")
 
     def score(
         self,
@@ -123,6 +160,7 @@ class CausalPolicy(nn.Module):
         mask: Tensor | None = None,
         temperature: float = 1.0,
         entropy: bool = False,
+        packing: TreePacking | None = None,
     ) -> TokenScores:
         """Log-prob (and entropy) of each token given the tokens before it, at a temperature.
 
@@ -133,13 +171,20 @@ class CausalPolicy(nn.Module):
                 prediction and is never scored.
             temperature: logits are divided by it.
             entropy: also return exact entropies (no gradient).
+            packing: of exactly these rows: common beginnings are computed once; see ``require_tree_attention``.
 
         Returns:
             ``logprobs[:, t] = log p(token_t | tokens < t)``, float32; 0 outside the mask and the padding.
         """
         inside = torch.arange(token_ids.shape[1], device=token_ids.device)[None] < lengths[:, None]
-        mask = inside if mask is None else mask & inside
-        return TokenScores(*self(token_ids, lengths, mask, temperature, entropy))
+        mask = inside.clone() if mask is None else mask & inside
+        mask[:, 0] = False
+        if packing is None:
+            return TokenScores(*self(token_ids, mask, temperature, entropy, None))
+        logprobs, entropies = self(packing.token_ids, packing.pack(mask), temperature, entropy, packing)
+        return TokenScores(
+            packing.unpack(logprobs, mask), None if entropies is None else packing.unpack(entropies, mask)
+        )
 
     @torch.no_grad()
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -198,22 +243,6 @@ class CausalPolicy(nn.Module):
         if self.options.lora is not None and model is not self.model and model.generation_config is not None:
             self._causal_lm.generation_config.save_pretrained(str(directory))
         self.tokenizer.save_pretrained(str(directory))
-
-
-def _score_tokens(
-    head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float, with_entropy: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Log-probs [n] of the targets, entropies [n], from hidden states [n, D]."""
-    logits = head(hidden).float()
-    if temperature != 1.0:
-        logits = logits / temperature
-    log_normaliser = logits.logsumexp(-1)
-    logprobs = logits.gather(-1, targets[:, None])[:, 0] - log_normaliser
-    if not with_entropy:
-        return logprobs, None
-    with torch.no_grad():
-        entropy = log_normaliser - (logits.softmax(-1) * logits).sum(-1)
-    return logprobs, entropy
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:

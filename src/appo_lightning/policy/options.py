@@ -42,7 +42,7 @@ class PolicyOptions:
     dtype: Literal["float32", "bfloat16"] = "float32"
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     gradient_checkpointing: bool = False
-    logit_chunk: int = 4096
+    logit_chunk: int = 1024
 
     def __post_init__(self) -> None:
         if self.logit_chunk < 1:
