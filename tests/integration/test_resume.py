@@ -23,6 +23,8 @@ from helpers.ranks import kill_oneself, run_until_killed
 from helpers.training import Result, Run, fit, make_checkpoint
 
 PREVIOUS = BranchingOptions(2, 4, gain_baseline="previous")
+# Letters are counted coarsely then, so that some roots earn the same.
+REFILLED = BranchingOptions(2, 4, scope="prompt", budget="disagreement", max_refills=2)
 NO_CLOCK = ("seconds", "time/", "wait_share")
 
 
@@ -111,6 +113,8 @@ CASES = {
         ),
         5,
     ),
+    "refilled, inside a phase": (Run("", branching=REFILLED), 1),
+    "refilled, between phases": (Run("", branching=REFILLED), 2),
     "a schedule that ends with the epochs": (TWO_EPOCHS, 5),
     "epochs, between them": (TWO_EPOCHS, 4),
 }
@@ -132,6 +136,8 @@ def test_a_killed_run_continues_exactly(checkpoint, uninterrupted, tmp_path: Pat
     broken.resume = str(tmp_path / "last.ckpt")
     resumed = fit(broken)
     assert_equal_runs(resumed, whole, from_step=steps)
+    if run.branching.max_refills:
+        assert max(whole.series("rollout/refilled_prompts")) > 0
     # The losses are numbers that could differ.
     assert len(set(whole.series("loss/policy"))) > 2
 

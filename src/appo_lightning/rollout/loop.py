@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from appo_lightning.errors import AppoError, ConfigurationError
 from appo_lightning.rollout.parsing import ResultEncoder, parse_call, stop_strings
@@ -39,6 +39,10 @@ class RolloutLimits:
         temperature: of sampling; log-probs are taken at the same temperature.
         top_p: nucleus sampling; 1 turns it off.
         top_k: sample among the k most probable tokens; 0 turns it off.
+        overlong: what training does about responses that are too long. "keep" scores and trains them like others;
+            "drop" takes those cut by the budget out of the loss, their rewards still count in their group; "penalty"
+            subtracts up to 1 from the reward over the last ``overlong_buffer`` tokens of the budget (DAPO).
+        overlong_buffer: tokens over which the penalty grows; only for "penalty".
     """
 
     max_prompt_tokens: int = 1024
@@ -49,6 +53,8 @@ class RolloutLimits:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    overlong: Literal["keep", "drop", "penalty"] = "keep"
+    overlong_buffer: int = 0
 
     def __post_init__(self) -> None:
         for name in ("max_prompt_tokens", "max_response_tokens", "max_result_tokens", "tool_workers"):
@@ -62,6 +68,16 @@ class RolloutLimits:
             raise ConfigurationError(f"rollout.top_p must be in (0, 1], got {self.top_p}")
         if self.top_k < 0:
             raise ConfigurationError(f"rollout.top_k must be at least 0, got {self.top_k}")
+        if (self.overlong == "penalty") != (self.overlong_buffer != 0):
+            raise ConfigurationError(
+                f"rollout.overlong = {self.overlong!r} and overlong_buffer = {self.overlong_buffer} do not belong "
+                "together: a penalty needs a buffer, nothing else has one"
+            )
+        if not 0 <= self.overlong_buffer <= self.max_response_tokens:
+            raise ConfigurationError(
+                f"rollout.overlong_buffer must be in [0, max_response_tokens = {self.max_response_tokens}], "
+                f"got {self.overlong_buffer}"
+            )
 
 
 @dataclass(slots=True)
