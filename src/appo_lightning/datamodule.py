@@ -104,6 +104,7 @@ class RolloutDataModule(L.LightningDataModule):
         self.seed = seed
         self.push_weights: Callable[[], None] | None = None  # set by SamplerWeightSync
         self.source: RolloutSource | None = None
+        self.engines = 0  # started so far
         self._started = False
 
     # --- Lightning -------------------------------------------------------------------------------------------------
@@ -159,6 +160,7 @@ class RolloutDataModule(L.LightningDataModule):
             )
         self.sampler.start(policy.options.path, policy.tokenizer, max_length=max_length)
         self._started = True
+        self.engines += 1
 
     def sync_sampler(self) -> None:
         """Give the sampler the current weights, if it has others, and prove that they arrived."""
@@ -170,9 +172,18 @@ class RolloutDataModule(L.LightningDataModule):
         self.start_sampler()
         self.push_weights()
 
+    def restart_sampler(self) -> None:
+        """A fresh engine with the current weights."""
+        self.sampler.close()
+        self._started = False
+        self.sync_sampler()
+
     def loop(self, limits: RolloutLimits) -> RolloutLoop:
         """A rollout loop under some limits."""
-        return RolloutLoop(self.sampler, self.tools, self.module.policy.tokenizer, limits)
+        assert self.trainer is not None
+        # Weights are pushed and checked by all processes together: one alone cannot start afresh.
+        restart = self.restart_sampler if self.trainer.world_size == 1 else None
+        return RolloutLoop(self.sampler, self.tools, self.module.policy.tokenizer, limits, restart)
 
     def task(self, source: TaskSource, index: int) -> Task:
         """One tokenised task."""

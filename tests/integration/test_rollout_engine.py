@@ -6,12 +6,13 @@ import importlib.util
 import random
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from appo_lightning.rollout.loop import Prefix, RolloutLimits, RolloutLoop
 from appo_lightning.rollout.prompts import build_task
@@ -28,6 +29,7 @@ pytestmark = [
 ]
 
 LIMITS = RolloutLimits(64, 160, max_tool_calls=4, max_result_tokens=12)
+MAX_LENGTH = LIMITS.max_prompt_tokens + LIMITS.max_response_tokens
 
 
 class RandomlyLate(StatelessTool):
@@ -44,12 +46,16 @@ class RandomlyLate(StatelessTool):
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[VLLMSampler, Any]]:
-    checkpoint = make_checkpoint(Path(tmp_path_factory.mktemp("policy")), hidden_size=32, num_layers=1)
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_checkpoint(Path(tmp_path_factory.mktemp("policy")), hidden_size=32, num_layers=1)
+
+
+@pytest.fixture(scope="module")
+def world(checkpoint: str) -> Iterator[tuple[VLLMSampler, Any]]:
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     # Fewer slots than rollouts: they also wait for each other.
     sampler = VLLMSampler(kv_cache_mb=64, max_num_seqs=8)
-    sampler.start(checkpoint, tokenizer, max_length=LIMITS.max_prompt_tokens + LIMITS.max_response_tokens)
+    sampler.start(checkpoint, tokenizer, max_length=MAX_LENGTH)
     yield sampler, tokenizer
     sampler.close()
 
@@ -106,3 +112,45 @@ def test_branches_are_a_function_of_their_prefix_and_seed(world: tuple[VLLMSampl
         assert trajectory.response_ids[: len(branch.response_ids)] == branch.response_ids
     for trial in (1, 2):
         assert_same(rolled(world, branches, trial), first)
+
+
+@pytest.mark.parametrize("fault", ["raises", "samples nothing"])
+def test_a_fresh_engine_finishes_what_a_broken_one_began(
+    world: tuple[VLLMSampler, Any], checkpoint: str, fault: str
+) -> None:
+    sampler, tokenizer = world
+    starts = prefixes(tokenizer)
+    whole = rolled(world, starts, trial=0)
+    policy = AutoModelForCausalLM.from_pretrained(checkpoint)
+    steps = 0
+
+    def break_engine() -> None:
+        engine: Any = sampler._engine
+        step = engine.step
+
+        def broken_step() -> Any:
+            nonlocal steps
+            steps += 1
+            if steps <= 40:
+                return step()
+            if fault == "raises":
+                raise RuntimeError("out of memory")
+            time.sleep(0.01)
+            return []
+
+        engine.step = broken_step
+
+    def restart() -> None:
+        sampler.close()
+        sampler.start(checkpoint, tokenizer, max_length=MAX_LENGTH)
+        sampler.load_weights(policy.named_parameters())
+
+    break_engine()
+    limits = replace(LIMITS, stall_timeout_s=2.0)
+    loop = RolloutLoop(sampler, [RandomlyLate(random.Random(5))], tokenizer, limits, restart)
+    with pytest.warns(
+        UserWarning, match="vLLM failed to step: RuntimeError" if fault == "raises" else "no token for 2"
+    ):
+        found = loop.run(starts, policy_version=0)
+    assert_same(found, whole)
+    assert loop.statistics.restarts == 1

@@ -81,6 +81,7 @@ class RolloutStatistics(L.Callback):
         for name in PhaseTimes.__slots__:
             metrics.add(f"time/{name}", getattr(times, name))
         statistics = runner.loop.take_statistics()
+        metrics.add("time/engine_restarts", statistics.restarts)
         if statistics.sampled_tokens:
             metrics.add_sum("time/sampled_tokens_per_second", statistics.sampled_tokens, statistics.seconds)
             metrics.add_sum("time/tool_wait_share", statistics.waiting_seconds, statistics.seconds)
