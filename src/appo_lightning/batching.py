@@ -153,6 +153,7 @@ def build_batch(
     fallback: Sequence[bool],
     temperature: float,
     branch_scores: Sequence[TraceScores] | None = None,
+    drop_overlong: bool = False,
 ) -> ProcedureBatch:
     """Trees as one mini-batch.
 
@@ -163,6 +164,7 @@ def build_batch(
         fallback: per root, whether the gain was only noise.
         temperature: that the log-probs are taken at.
         branch_scores: per branch, of the weights that sampled it; given, branches become rows (``train_branches``).
+        drop_overlong: no token of a response that was cut by its budget is trained on.
     """
     roots = [root for tree in trees for root in tree.roots]
     branches = [branch for tree in trees for branch in tree.branches]
@@ -171,6 +173,8 @@ def build_batch(
     row_old = [*old, *(branch_scores or ())]
     row_current = [*current, *(branch_scores or ())]
     sequences = pad_trajectories(rows)
+    if drop_overlong:
+        sequences.mask &= ~torch.tensor([row.stop_reason == "length" for row in rows], dtype=torch.bool)[:, None]
     width = sequences.token_ids.shape[1]
 
     first_root, row_of_root = 0, []

@@ -17,7 +17,7 @@ from appo_lightning.metrics import of_all_ranks
 from appo_lightning.module import AppoModule
 from appo_lightning.rewards.base import Reward
 from appo_lightning.rollout.loop import Prefix, RolloutLimits, RolloutLoop
-from appo_lightning.rollout.phase import LogprobGap, Phase, PhaseRunner
+from appo_lightning.rollout.phase import LogprobGap, Phase, PhaseRunner, Refill
 from appo_lightning.rollout.prompts import build_task
 from appo_lightning.rollout.seeds import derive_seed
 from appo_lightning.rollout.tree import BlankTokens, BranchingOptions, score_rewards
@@ -115,6 +115,7 @@ class RolloutDataModule(L.LightningDataModule):
         self.seed = seed
         self.push_weights: Callable[[], None] | None = None  # set by SamplerWeightSync
         self.source: RolloutSource | None = None
+        self.engines = 0  # started so far
         self._started = False
 
     # --- Lightning -------------------------------------------------------------------------------------------------
@@ -170,6 +171,7 @@ class RolloutDataModule(L.LightningDataModule):
             )
         self.sampler.start(policy.options.path, policy.tokenizer, max_length=max_length)
         self._started = True
+        self.engines += 1
 
     def sync_sampler(self) -> None:
         """Give the sampler the current weights, if it has others, and prove that they arrived."""
@@ -181,9 +183,18 @@ class RolloutDataModule(L.LightningDataModule):
         self.start_sampler()
         self.push_weights()
 
+    def restart_sampler(self) -> None:
+        """A fresh engine with the current weights."""
+        self.sampler.close()
+        self._started = False
+        self.sync_sampler()
+
     def loop(self, limits: RolloutLimits) -> RolloutLoop:
         """A rollout loop under some limits."""
-        return RolloutLoop(self.sampler, self.tools, self.module.policy.tokenizer, limits)
+        assert self.trainer is not None
+        # Weights are pushed and checked by all processes together: one alone cannot start afresh.
+        restart = self.restart_sampler if self.trainer.world_size == 1 else None
+        return RolloutLoop(self.sampler, self.tools, self.module.policy.tokenizer, limits, restart)
 
     def task(self, source: TaskSource, index: int) -> Task:
         """One tokenised task."""
@@ -271,7 +282,7 @@ class RolloutSource:
         stored, self._stored_phase = self._stored_phase, None
         if stored is not None:
             assert stored["index"] == index
-            phase = Phase.from_state_dict(stored, tasks)
+            phase = Phase.from_state_dict(stored, tasks, self._refill(phase_in_epoch))
             found, wanted = len(phase.roots[0]), self._data.branching.num_roots
             if found != wanted:
                 raise ConfigurationError(
@@ -280,7 +291,7 @@ class RolloutSource:
                 )
             return phase
         module = self._data.module
-        phase = self.runner.begin(index, tasks)
+        phase = self.runner.begin(index, tasks, self._refill(phase_in_epoch))
         # The noise floor decides where to branch: the same on every rank, measured on all tokens.
         phase.gap = _gap_of_all_ranks(phase)
         module.on_phase_begin()
@@ -289,11 +300,30 @@ class RolloutSource:
     def _tasks(self, phase_in_epoch: int) -> list[Task]:
         """This rank's tasks of a phase; all ranks shuffle alike."""
         data = self._data
-        order = list(range(len(data.train)))
-        random.Random(derive_seed(data.seed, "order", self.epoch)).shuffle(order)
         start = phase_in_epoch * data.prompts_per_phase
-        chosen = order[start : start + data.prompts_per_phase][self._rank :: self._world_size]
+        chosen = self._order()[start : start + data.prompts_per_phase][self._rank :: self._world_size]
         return [data.task(data.train, index) for index in chosen]
+
+    def _order(self) -> list[int]:
+        order = list(range(len(self._data.train)))
+        random.Random(derive_seed(self._data.seed, "order", self.epoch)).shuffle(order)
+        return order
+
+    def _refill(self, phase_in_epoch: int) -> Refill:
+        """Tasks of other phases in an order of this phase's own; every rank has its part, no task comes twice."""
+        data, size = self._data, self._data.prompts_per_phase
+        order = self._order()
+        spare = order[: phase_in_epoch * size] + order[(phase_in_epoch + 1) * size :]
+        random.Random(derive_seed(data.seed, "refill", self.epoch, phase_in_epoch)).shuffle(spare)
+        rounds = max(1, data.branching.max_refills)
+        own = spare[self._rank :: self._world_size]
+
+        def refill(number: int, count: int) -> list[Task]:
+            # Each round has a stretch of its own, so that what it gives depends on nothing but its number.
+            stretch = own[number * len(own) // rounds : (number + 1) * len(own) // rounds]
+            return [data.task(data.train, index) for index in stretch[:count]]
+
+        return refill
 
     def _make_runner(self) -> PhaseRunner:
         data = self._data
@@ -302,8 +332,7 @@ class RolloutSource:
             policy=_TrainerPolicy(data),
             reward=data.reward,
             options=data.branching,
-            temperature=data.rollout.temperature,
-            max_response_tokens=data.rollout.max_response_tokens,
+            limits=data.rollout,
             seed=data.seed,
             is_blank=BlankTokens(data.module.policy.tokenizer),
             train_branches=data.train_branches,

@@ -19,6 +19,10 @@ class SamplerError(AppoError, RuntimeError):
     """The sampling engine failed or cannot do what the configuration asks of it."""
 
 
+class EngineFailure(SamplerError):
+    """The engine broke or hangs; a fresh one may do what it was asked."""
+
+
 class WeightSyncError(SamplerError):
     """The sampler does not hold the trainer's weights."""
 

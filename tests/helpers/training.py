@@ -41,10 +41,18 @@ LORA = LoraOptions(rank=4, alpha=8.0)
 
 
 class LetterReward(Reward):
-    """Counts the letters e, tags and results included: differs between almost any two responses."""
+    """Counts the letters e, tags and results included: differs between almost any two responses.
+
+    Args:
+        coarse: counts tens of them only: often the same.
+    """
+
+    def __init__(self, coarse: bool = False) -> None:
+        self.coarse = coarse
 
     def score(self, task: Task, response_text: str) -> Score:
-        value = response_text.count("e") / 10
+        count = response_text.count("e")
+        value = float(count // 10) if self.coarse else count / 10
         return Score(value, success=value > 1, parts={"letters": value})
 
 
@@ -133,7 +141,7 @@ class Run:
             train=LookupTasks(size=self.train_size),
             validation=LookupTasks("validation", size=self.validation_size),
             sampler=sampler or TransformersSampler(),
-            reward=LetterReward(),
+            reward=LetterReward(coarse=self.branching.max_refills > 0),
             tools=[SearchTool(top_k=1)],
             rollout=RolloutLimits(max_prompt_tokens=64, max_response_tokens=36, max_result_tokens=8, max_tool_calls=2),
             branching=self.branching,

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from appo_lightning.callbacks import AtomicCheckpointIO, GracefulStop
-from appo_lightning.errors import AppoError, ConfigurationError
+from appo_lightning.errors import AppoError, ConfigurationError, SamplerError
 from appo_lightning.module import LossOptions
 from appo_lightning.policy.options import OptimizerOptions
 from appo_lightning.rollout.tree import BranchingOptions
@@ -23,6 +23,8 @@ from helpers.ranks import kill_oneself, run_until_killed
 from helpers.training import Result, Run, fit, make_checkpoint
 
 PREVIOUS = BranchingOptions(2, 4, gain_baseline="previous")
+# Letters are counted coarsely then, so that some roots earn the same.
+REFILLED = BranchingOptions(2, 4, scope="prompt", budget="disagreement", max_refills=2)
 NO_CLOCK = ("seconds", "time/", "wait_share")
 
 
@@ -111,6 +113,8 @@ CASES = {
         ),
         5,
     ),
+    "refilled, inside a phase": (Run("", branching=REFILLED), 1),
+    "refilled, between phases": (Run("", branching=REFILLED), 2),
     "a schedule that ends with the epochs": (TWO_EPOCHS, 5),
     "epochs, between them": (TWO_EPOCHS, 4),
 }
@@ -138,6 +142,8 @@ def test_a_killed_run_continues_exactly(checkpoint, uninterrupted, tmp_path: Pat
     broken.resume = str(tmp_path / "last.ckpt")
     resumed = fit(broken)
     assert_equal_runs(resumed, whole, from_step=steps)
+    if run.branching.max_refills:
+        assert max(whole.series("rollout/refilled_prompts")) > 0
     # The losses are numbers that could differ.
     assert len(set(whole.series("loss/policy"))) > 2
 
@@ -192,6 +198,47 @@ def test_a_signal_stops_after_the_mini_batch_with_a_checkpoint(
 
     run.resume = str(tmp_path / "last.ckpt")
     assert_equal_runs(fit(run), uninterrupted(Run(checkpoint, max_steps=4)), from_step=1)
+
+
+class BreakingSampler(TransformersSampler):
+    """Breaks ``times`` times while it samples after so many optimiser steps."""
+
+    def __init__(self, after_steps: int, times: int) -> None:
+        super().__init__()
+        self.after_steps, self.times, self.pushes = after_steps, times, 0
+
+    def load_weights(self, weights: Any) -> None:
+        super().load_weights(weights)
+        self.pushes += 1
+
+    def step(self) -> list[Completion]:
+        completions = super().step()
+        if self.pushes > self.after_steps and self.times and len(completions) > 2:  # not in the canary
+            self.times -= 1
+            raise RuntimeError("out of memory")
+        return completions
+
+
+@pytest.mark.filterwarnings("ignore:BreakingSampler failed to step")
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_run_whose_engine_breaks_goes_on_as_if_it_had_not(checkpoint, uninterrupted, steps) -> None:
+    sampler = BreakingSampler(steps, times=2)
+    run = Run(checkpoint, max_steps=4)
+    assert_equal_runs(fit(run, sampler=sampler), uninterrupted(run), from_step=0)
+    assert sampler.times == 0
+
+
+@pytest.mark.filterwarnings("ignore:BreakingSampler failed to step")
+@pytest.mark.parametrize("steps", [1, 2])
+def test_an_engine_that_breaks_for_good_leaves_a_checkpoint(checkpoint, uninterrupted, tmp_path: Path, steps) -> None:
+    run = Run(checkpoint, max_steps=4)
+    trainer = run.make_trainer([GracefulStop()], default_root_dir=tmp_path)
+    data = run.data(BreakingSampler(steps, times=99))
+    with pytest.raises(SamplerError, match="BreakingSampler failed to step: RuntimeError: out of memory"):
+        trainer.fit(run.module(), datamodule=data)
+    data.close()
+    run.resume = str(tmp_path / "last.ckpt")
+    assert_equal_runs(fit(run), uninterrupted(Run(checkpoint, max_steps=4)), from_step=steps)
 
 
 def test_the_checkpoint_of_a_stop_lies_where_resume_looks_for_it(checkpoint, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from appo_lightning.algorithm.branching import (
     branching_score,
     future_value,
     select_branch_points,
+    share_branches,
 )
 from appo_lightning.algorithm.criteria import (
     Criterion,
@@ -61,6 +62,7 @@ __all__ = [
     "scale_by_influence",
     "score_criterion",
     "select_branch_points",
+    "share_branches",
     "suppress_noise",
     "tool_boundary_mask",
     "truncated_importance_weight",

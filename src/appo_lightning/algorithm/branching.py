@@ -6,7 +6,7 @@ token positions: pad them at tokens that were not sampled.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -113,7 +113,7 @@ def select_branch_points(
     candidate_mask: Tensor,
     root_prompt: Tensor,
     *,
-    count: int,
+    count: int | Sequence[int],
     scope: Scope,
     eligible: Tensor | None = None,
 ) -> list[BranchPoint]:
@@ -129,7 +129,8 @@ def select_branch_points(
         future_value_z: [B, T].
         candidate_mask: [B, T] bool.
         root_prompt: [B] equal entries belong to one prompt.
-        count: most branch points per root or per prompt, >= 0.
+        count: most branch points per root or per prompt, >= 0; a sequence gives each root or prompt its own, in the
+            order of their first row.
         scope: "root" or "prompt".
         eligible: [B, T] bool, where the criterion allows a branch (``CriterionScore.eligible``); None: both z > 0.
 
@@ -140,7 +141,6 @@ def select_branch_points(
         ValueError: shapes differ, a candidate's score is NaN or infinite, or an option is unknown.
     """
     require_matrices(candidate_mask, score=score, entropy_z=entropy_z, future_value_z=future_value_z)
-    require_at_least("count", count, 0, "give the number of branches per root or prompt")
     if root_prompt.shape != score.shape[:1]:
         raise ValueError(
             f"root_prompt must be [B] = [{score.shape[0]}], got {list(root_prompt.shape)}: give each root its prompt"
@@ -153,15 +153,44 @@ def select_branch_points(
     require_finite("score", score[allowed])
 
     points: list[BranchPoint] = []
-    for rows in _groups(root_prompt, scope):
+    groups = list(_groups(root_prompt, scope))
+    counts = [count] * len(groups) if isinstance(count, int) else list(count)
+    for limit in counts or ([count] if isinstance(count, int) else []):
+        require_at_least("count", limit, 0, "give the number of branches per root or prompt")
+    for rows, limit in zip(groups, counts, strict=True):
         # Transposed, so that candidates are listed by position, then root: a stable sort keeps that order in ties.
         position, member = allowed[rows].T.nonzero(as_tuple=True)
         root = rows[member]
-        best = score[root, position].sort(descending=True, stable=True).indices[:count]
+        best = score[root, position].sort(descending=True, stable=True).indices[:limit]
         root, position = root[best], position[best]
         columns = (root, position, score[root, position], entropy_z[root, position], future_value_z[root, position])
         points += [BranchPoint(*fields) for fields in zip(*(column.tolist() for column in columns), strict=True)]
     return points
+
+
+def share_branches(rewards: Sequence[Sequence[float]], total: int) -> list[int]:
+    """Give the branches of a mini-batch to the prompts whose roots disagree.
+
+    A prompt's share is proportional to the population standard deviation of its roots' rewards, rounded so that the
+    shares sum to ``total``: the largest remainders are rounded up, ties by position. Where no roots disagree, all
+    prompts share alike. Source: ours; a branch of a prompt whose roots all earn the same has little to tell.
+
+    Args:
+        rewards: of the roots, per prompt.
+        total: branches of all prompts.
+
+    Returns:
+        Branches per prompt.
+    """
+    spread = [float(torch.tensor(group, dtype=torch.float64).std(correction=0)) for group in rewards]
+    if sum(spread) == 0:
+        spread = [1.0] * len(rewards)
+    quotas = [total * value / sum(spread) for value in spread]
+    shares = [int(quota) for quota in quotas]
+    by_remainder = sorted(range(len(quotas)), key=lambda i: shares[i] - quotas[i])  # stable: ties by position
+    for i in by_remainder[: total - sum(shares)]:
+        shares[i] += 1
+    return shares
 
 
 def _groups(root_prompt: Tensor, scope: Scope) -> Iterator[Tensor]:

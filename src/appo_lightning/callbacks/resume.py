@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from appo_lightning.errors import SamplerError
 from appo_lightning.metrics import of_all_ranks
 
 
@@ -92,7 +93,7 @@ def _flush_directory(path: Path) -> None:
 
 
 class GracefulStop(L.Callback):
-    """On SIGTERM or SIGUSR1: finish the mini-batch, agree over ranks, save, stop.
+    """On SIGTERM or SIGUSR1: finish the mini-batch, agree over ranks, save, stop. On a broken engine: save.
 
     Lightning's own handler talks to the other ranks inside the handler, which hangs when every rank is signalled.
     """
@@ -114,7 +115,15 @@ class GracefulStop(L.Callback):
         if not number.item():
             return
         self.received = int(number)
+        self._save(trainer)
+        trainer.should_stop = True
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        # An engine that broke for good: the steps before it are kept. With other processes a save would wait for them.
+        if isinstance(exception, SamplerError) and trainer.world_size == 1 and trainer.training and trainer.global_step:
+            self._save(trainer)
+
+    def _save(self, trainer: L.Trainer) -> None:
         checkpoint = trainer.checkpoint_callback
         folder = getattr(checkpoint, "dirpath", None) or trainer.default_root_dir
         trainer.save_checkpoint(os.path.join(str(folder), "last.ckpt"))
-        trainer.should_stop = True

@@ -81,10 +81,13 @@ class RolloutStatistics(L.Callback):
         for name in PhaseTimes.__slots__:
             metrics.add(f"time/{name}", getattr(times, name))
         statistics = runner.loop.take_statistics()
+        metrics.add("time/engine_restarts", statistics.restarts)
         if statistics.sampled_tokens:
             metrics.add_sum("time/sampled_tokens_per_second", statistics.sampled_tokens, statistics.seconds)
             metrics.add_sum("time/tool_wait_share", statistics.waiting_seconds, statistics.seconds)
             metrics.add_sum("rollout/cached_token_share", statistics.cached_tokens, statistics.prompt_tokens)
+        if data.branching.max_refills:
+            metrics.add("rollout/refilled_prompts", sum(data.source.phase.refills))
         gap = data.source.phase.gap
         metrics.add_all(
             {
@@ -125,6 +128,7 @@ class BranchStatistics(L.Callback):
         metrics.add("branch/count", [len(tree.branches) for tree in batch.trees])
         wanted = data.branching.num_branches * len(batch.trees)
         metrics.add_sum("branch/filled_share", sum(len(tree.branches) for tree in batch.trees), wanted)
+        metrics.add("branch/prompts_without", [float(not tree.branches) for tree in batch.trees])
         if data.branching.uses_gain:
             metrics.add("branch/fallback_fraction", batch.fallback)
         metrics.add("branch/score", batch.branch_score, histogram=True)

@@ -43,7 +43,7 @@ class SamplerWeightSync(L.Callback):
         if tolerance is not None and not 0 < tolerance < math.inf:
             raise ConfigurationError(f"sync.tolerance must be a positive number or null, got {tolerance}")
         self.canary_prompts, self.canary_tokens, self.tolerance = canary_prompts, canary_tokens, tolerance
-        self._pushed: int | None = None  # weights version that the sampler holds
+        self._pushed: tuple[int, int] | None = None  # engine, and the weights version that it holds
         self._metrics = MetricSums()
         self._prompts: list[list[int]] = []
 
@@ -62,12 +62,13 @@ class SamplerWeightSync(L.Callback):
             WeightSyncError: the sampler's log-probs differ from the trainer's.
         """
         module = self._data.module
-        if self._pushed == module.weights_version:
+        wanted = (self._data.engines, module.weights_version)
+        if self._pushed == wanted:
             return
         started = time.monotonic()
         self._data.sampler.load_weights(module.policy.named_weights())
         pushed = time.monotonic()
-        self._pushed = module.weights_version
+        self._pushed = wanted
         self._metrics.add("sync/push_seconds", pushed - started)
         if self.canary_prompts:
             self._check_canary(module)

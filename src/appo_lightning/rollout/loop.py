@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from appo_lightning.errors import AppoError, ConfigurationError
+from appo_lightning.errors import AppoError, ConfigurationError, EngineFailure
 from appo_lightning.rollout.parsing import ResultEncoder, parse_call, stop_strings
 from appo_lightning.rollout.seeds import derive_seed
 from appo_lightning.rollout.sessions import EpisodeSession, calls_to_replay
 from appo_lightning.rollout.toolpool import ToolOutcome, ToolPool
+from appo_lightning.rollout.watchdog import Watchdog
 from appo_lightning.samplers.base import MIN_TEMPERATURE, Completion, Sampler, SampleRequest
 from appo_lightning.tools.base import Tool
 from appo_lightning.types import StopReason, Task, ToolCall, ToolError, Trajectory
@@ -40,6 +42,13 @@ class RolloutLimits:
         temperature: of sampling; log-probs are taken at the same temperature.
         top_p: nucleus sampling; 1 turns it off.
         top_k: sample among the k most probable tokens; 0 turns it off.
+        overlong: what training does about responses that are too long. "keep" scores and trains them like others;
+            "drop" takes those cut by the budget out of the loss, their rewards still count in their group; "penalty"
+            subtracts up to 1 from the reward over the last ``overlong_buffer`` tokens of the budget (DAPO).
+        overlong_buffer: tokens over which the penalty grows; only for "penalty".
+        stall_timeout_s: seconds without a sampled token after which an engine with work counts as broken.
+        max_restarts: fresh engines per phase for those that broke; what was sampled is kept. On one process only:
+            otherwise, and after that, the run stops.
     """
 
     max_prompt_tokens: int = 1024
@@ -50,11 +59,19 @@ class RolloutLimits:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    overlong: Literal["keep", "drop", "penalty"] = "keep"
+    overlong_buffer: int = 0
+    stall_timeout_s: float = 600.0
+    max_restarts: int = 2
 
     def __post_init__(self) -> None:
         for name in ("max_prompt_tokens", "max_response_tokens", "max_result_tokens", "tool_workers"):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"rollout.{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.stall_timeout_s < math.inf:
+            raise ConfigurationError(f"rollout.stall_timeout_s must be positive and finite, got {self.stall_timeout_s}")
+        if self.max_restarts < 0:
+            raise ConfigurationError(f"rollout.max_restarts must be at least 0, got {self.max_restarts}")
         if self.max_tool_calls < 0:
             raise ConfigurationError(f"rollout.max_tool_calls must be at least 0, got {self.max_tool_calls}")
         if self.temperature != 0 and not MIN_TEMPERATURE <= self.temperature < math.inf:
@@ -65,6 +82,16 @@ class RolloutLimits:
             raise ConfigurationError(f"rollout.top_p must be in (0, 1], got {self.top_p}")
         if self.top_k < 0:
             raise ConfigurationError(f"rollout.top_k must be at least 0, got {self.top_k}")
+        if (self.overlong == "penalty") != (self.overlong_buffer != 0):
+            raise ConfigurationError(
+                f"rollout.overlong = {self.overlong!r} and overlong_buffer = {self.overlong_buffer} do not belong "
+                "together: a penalty needs a buffer, nothing else has one"
+            )
+        if not 0 <= self.overlong_buffer <= self.max_response_tokens:
+            raise ConfigurationError(
+                f"rollout.overlong_buffer must be in [0, max_response_tokens = {self.max_response_tokens}], "
+                f"got {self.overlong_buffer}"
+            )
 
 
 @dataclass(slots=True)
@@ -88,6 +115,7 @@ class LoopStatistics:
     tool_seconds: float = 0.0  # summed over calls
     waiting_seconds: float = 0.0  # no request in the engine, tools running
     seconds: float = 0.0
+    restarts: int = 0  # fresh engines
 
 
 class RolloutLoop:
@@ -98,15 +126,25 @@ class RolloutLoop:
         tools: by their names the policy calls them.
         tokenizer: the policy's.
         limits: budgets.
+        restart: puts a fresh engine with the same weights into ``sampler``; None: an engine that breaks stops the run.
     """
 
     def __init__(
-        self, sampler: Sampler, tools: Sequence[Tool], tokenizer: PreTrainedTokenizerBase, limits: RolloutLimits
+        self,
+        sampler: Sampler,
+        tools: Sequence[Tool],
+        tokenizer: PreTrainedTokenizerBase,
+        limits: RolloutLimits,
+        restart: Callable[[], None] | None = None,
     ) -> None:
+        self._restart_engine = restart
         self._sampler, self._tokenizer, self._limits = sampler, tokenizer, limits
         self._tools = {tool.name: tool for tool in tools}
         if len(self._tools) < len(tools):
             raise ConfigurationError(f"tool names must differ, got {[tool.name for tool in tools]}")
+        for tool in tools:
+            if not math.isfinite(tool.timeout_s):
+                raise ConfigurationError(f"tool {tool.name!r} must have a time limit, got timeout_s = {tool.timeout_s}")
         self._encoder = ResultEncoder(tokenizer, self._tools)
         self._opened = False  # every tool, once
         self.statistics = LoopStatistics()
@@ -137,7 +175,9 @@ class RolloutLoop:
         episodes = [_Episode(prefix, index) for index, prefix in enumerate(prefixes)]
         pool: ToolPool[_Episode] = ToolPool(self._limits.tool_workers)
         generating: dict[int, _Episode] = {}
-        finished = 0
+        finished = restarts = 0
+        self._broken: EngineFailure | None = None
+        watchdog = Watchdog(self._limits.stall_timeout_s)
 
         def advance(episode: _Episode) -> None:
             nonlocal finished
@@ -149,16 +189,26 @@ class RolloutLoop:
                     progress(finished, len(episodes))
 
         try:
-            for episode in episodes:
-                advance(episode)
-            while generating or len(pool):
-                for outcome in self._tool_outcomes(pool, wait=not generating):
-                    self._absorb_result(outcome)
-                    advance(outcome.key)
-                for completion in self._sampler.step() if generating else ():
-                    episode = generating.pop(completion.id)
-                    self._absorb_tokens(episode, completion)
+            with watchdog.watching():
+                for episode in episodes:
                     advance(episode)
+                while generating or len(pool):
+                    if not generating:
+                        watchdog.rest()
+                    for outcome in self._tool_outcomes(pool, wait=not generating):
+                        self._absorb_result(outcome)
+                        advance(outcome.key)
+                    try:
+                        completions = self._step(watchdog) if generating else []
+                    except EngineFailure as failure:
+                        restarts += 1
+                        self._restart(failure, restarts, generating)
+                        watchdog.rest()
+                        continue
+                    for completion in completions:
+                        episode = generating.pop(completion.id)
+                        self._absorb_tokens(episode, completion)
+                        advance(episode)
         except BaseException:
             with suppress(Exception):  # an engine that broke may not even abort; what broke it is the error to tell
                 self._sampler.abort(list(generating))
@@ -169,6 +219,47 @@ class RolloutLoop:
                 episode.close()
         self.statistics.seconds += time.monotonic() - started
         return [self._trajectory(episode, policy_version) for episode in episodes]
+
+    # --- the engine --------------------------------------------------------------------------------------------------
+
+    def _step(self, watchdog: Watchdog) -> list[Completion]:
+        if self._broken is not None:
+            raise self._broken
+        try:
+            with watchdog.guard():
+                completions = self._sampler.step()
+        except AppoError:
+            raise
+        except Exception as error:
+            name = type(self._sampler).__name__
+            raise EngineFailure(f"{name} failed to step: {type(error).__name__}: {error}") from error
+        if completions:
+            watchdog.rest()
+        elif watchdog.due:
+            watchdog.look(self._sampler.progress)
+        return completions
+
+    def _submit(self, episode: _Episode) -> None:
+        assert episode.request is not None
+        try:
+            self._sampler.submit(episode.request)
+        except EngineFailure as failure:  # told at the next step, when every answer at hand is in its trajectory
+            self._broken = failure
+
+    def _restart(self, failure: EngineFailure, number: int, generating: dict[int, _Episode]) -> None:
+        """Ask a fresh engine what the broken one left unanswered: the seeds make the answers the same."""
+        if self._restart_engine is None or number > self._limits.max_restarts:
+            raise failure
+        warnings.warn(
+            f"{failure}; a fresh engine ({number} of at most {self._limits.max_restarts}) takes over "
+            f"{len(generating)} requests",
+            stacklevel=2,
+        )
+        self._broken = None
+        self._restart_engine()
+        self.statistics.restarts += 1
+        for episode in generating.values():
+            self._submit(episode)
 
     def take_statistics(self) -> LoopStatistics:
         """What happened since the last call."""
@@ -189,8 +280,9 @@ class RolloutLoop:
             turn = str(self._tokenizer.decode(episode.response_ids[episode.turn_start :]))
             call = parse_call(turn, self._tools)
             if call is None:
-                self._sampler.submit(self._request(episode, turn))
+                episode.request = self._request(episode, turn)
                 generating[episode.index] = episode
+                self._submit(episode)
                 return
             if len(episode.tool_calls) >= self._limits.max_tool_calls:
                 if any(previous.error == "limit" for previous in episode.tool_calls):
@@ -333,6 +425,7 @@ class _Episode:
         self.tool_calls = list(prefix.tool_calls)
         self.turn_start = max((call.output_stop for call in self.tool_calls), default=0)
         self.turn = 0  # requests so far
+        self.request: SampleRequest | None = None  # the last one
         self.finish: str | None = None
         self.stop_reason: StopReason | None = None
         self.pending: tuple[str, str] | None = None

@@ -16,7 +16,7 @@ from torch import Tensor
 from appo_lightning.batching import ProcedureBatch, TraceScores, build_batch
 from appo_lightning.errors import DataError
 from appo_lightning.rewards.base import Reward
-from appo_lightning.rollout.loop import Prefix, RolloutLoop
+from appo_lightning.rollout.loop import Prefix, RolloutLimits, RolloutLoop
 from appo_lightning.rollout.seeds import derive_seed
 from appo_lightning.rollout.serialise import trajectory_from_dict, trajectory_to_dict
 from appo_lightning.rollout.tree import (
@@ -24,10 +24,15 @@ from appo_lightning.rollout.tree import (
     BranchingOptions,
     attach_branches,
     branch_prefixes,
+    penalise_overlong,
     plan_branches,
+    rewards_of,
     score_rewards,
 )
 from appo_lightning.types import BranchPoint, RolloutTree, Task, Trajectory
+
+# (round, number of prompts wanted) -> other prompts; fewer where there are no more
+Refill = Callable[[int, int], list[Task]]
 
 
 class PhasePolicy(Protocol):
@@ -77,6 +82,7 @@ class Phase:
     roots: list[list[Trajectory]]  # per task
     old: list[list[TraceScores]]  # per task, per root
     gap: LogprobGap
+    refills: list[int] = field(default_factory=list)  # prompts replaced, by round
 
     def state_dict(self) -> dict[str, Any]:
         """Plain containers and tensors: what ``weights_only`` loading accepts."""
@@ -87,20 +93,28 @@ class Phase:
             "roots": [[trajectory_to_dict(root) for root in group] for group in self.roots],
             "old": [[(s.logprobs, s.entropies) for s in group] for group in self.old],
             "gap": (self.gap.mean, self.gap.rms, self.gap.maximum),
+            "refills": self.refills,
         }
 
     @classmethod
-    def from_state_dict(cls, state: dict[str, Any], tasks: list[Task]) -> Phase:
+    def from_state_dict(cls, state: dict[str, Any], tasks: list[Task], refill: Refill | None = None) -> Phase:
         """The phase that ``state_dict`` described.
 
         Args:
             state: its state.
             tasks: the same tasks, drawn again.
+            refill: as in ``PhaseRunner.begin``.
 
         Raises:
             DataError: the tasks are others than those of the checkpoint.
         """
-        if [task.id for task in tasks] != list(state["task_ids"]):
+        refills = list(state["refills"])
+        known = {task.id: task for task in tasks}
+        if refill is not None:
+            known |= {task.id: task for number, count in enumerate(refills) for task in refill(number, count)}
+        task_ids = list(state["task_ids"])
+        replaced = sum(a != b.id for a, b in zip(task_ids, tasks, strict=False))
+        if len(task_ids) != len(tasks) or replaced > sum(refills) or not known.keys() >= set(task_ids):
             raise DataError(
                 "the checkpoint was made in the middle of a rollout phase over other tasks; "
                 "resume with the same data.train, seed and number of processes"
@@ -108,7 +122,8 @@ class Phase:
         return cls(
             index=state["index"],
             policy_version=state["policy_version"],
-            tasks=tasks,
+            tasks=[known[task_id] for task_id in task_ids],
+            refills=refills,
             roots=[[trajectory_from_dict(root) for root in group] for group in state["roots"]],
             old=[[TraceScores(*scores) for scores in group] for group in state["old"]],
             gap=LogprobGap(*state["gap"]),
@@ -124,8 +139,7 @@ class PhaseRunner:
         policy: the trainer's side.
         reward: scores finished responses.
         options: how many rollouts, where they branch.
-        temperature: of sampling.
-        max_response_tokens: response budget.
+        limits: budgets and sampling of the loop.
         seed: of the run.
         is_blank: white-space tokens.
         train_branches: branches become rows of the batch.
@@ -136,32 +150,50 @@ class PhaseRunner:
     policy: PhasePolicy
     reward: Reward
     options: BranchingOptions
-    temperature: float
-    max_response_tokens: int
+    limits: RolloutLimits
     seed: int
     is_blank: BlankTokens
     train_branches: bool = False
     progress: Callable[[str, int, int], None] | None = None
     times: PhaseTimes = field(default_factory=PhaseTimes)
 
-    def begin(self, index: int, tasks: list[Task]) -> Phase:
-        """Sample the roots of a phase and score them with the weights that sampled them."""
+    def begin(self, index: int, tasks: list[Task], refill: Refill | None = None) -> Phase:
+        """Sample the roots of a phase and score them with the weights that sampled them.
+
+        Args:
+            index: of the phase: names the seeds.
+            tasks: its prompts.
+            refill: gives other prompts in place of those whose roots all earn the same (``max_refills``).
+        """
         self._sync()
+        tasks, roots = list(tasks), self._sample_roots(index, tasks)
+        refills: list[int] = []
+        while refill is not None and len(refills) < self.options.max_refills:
+            equal = [i for i, group in enumerate(roots) if len(set(rewards_of(group))) == 1]
+            others = refill(len(refills), len(equal)) if equal else []
+            if not others:
+                break
+            refills.append(len(equal))
+            for i, task, group in zip(equal, others, self._sample_roots(index, others), strict=False):
+                tasks[i], roots[i] = task, group
+        flat = [root for group in roots for root in group]
+        scores = self._score(flat)
+        count = self.options.num_roots
+        old = [scores[i * count : (i + 1) * count] for i in range(len(tasks))]
+        return Phase(index, self.policy.version, tasks, roots, old, _logprob_gap(flat, scores), refills)
+
+    def _sample_roots(self, index: int, tasks: list[Task]) -> list[list[Trajectory]]:
+        count = self.options.num_roots
         prefixes = [
-            Prefix(task, derive_seed(self.seed, index, task.id, "root", n))
-            for task in tasks
-            for n in range(self.options.num_roots)
+            Prefix(task, derive_seed(self.seed, index, task.id, "root", n)) for task in tasks for n in range(count)
         ]
         started = time.monotonic()
         flat = self._sample("roots", prefixes)
         self.times.sample_roots += time.monotonic() - started
-        count = self.options.num_roots
         roots = [flat[i * count : (i + 1) * count] for i in range(len(tasks))]
         for task, group in zip(tasks, roots, strict=True):
             self._reward(task, group)
-        scores = self._score(flat)
-        old = [scores[i * count : (i + 1) * count] for i in range(len(tasks))]
-        return Phase(index, self.policy.version, tasks, roots, old, _logprob_gap(flat, scores))
+        return roots
 
     def mini_batch(self, phase: Phase, rows: range, *, visit: int) -> ProcedureBatch:
         """Branch some prompts of a phase with the current policy.
@@ -181,7 +213,7 @@ class PhaseRunner:
         base = [scores.logprobs for scores in old]
         if branching and self.options.gain_baseline == "previous":
             started = time.monotonic()
-            base = self.policy.score_previous(roots, temperature=self.temperature)
+            base = self.policy.score_previous(roots, temperature=self.limits.temperature)
             self.times.score += time.monotonic() - started
         plan = plan_branches(
             trees,
@@ -189,7 +221,7 @@ class PhaseRunner:
             base,
             self.options,
             noise_floor=phase.gap.rms,
-            max_response_tokens=self.max_response_tokens,
+            max_response_tokens=self.limits.max_response_tokens,
             is_blank=self.is_blank,
             seed=derive_seed(self.seed, phase.index, visit),
         )
@@ -203,8 +235,9 @@ class PhaseRunner:
             old=old,
             current=current,
             fallback=plan.fallback,
-            temperature=self.temperature,
+            temperature=self.limits.temperature,
             branch_scores=branch_scores,
+            drop_overlong=self.limits.overlong == "drop",
         )
 
     def _sample_branches(self, trees: list[RolloutTree], points: Sequence[Sequence[BranchPoint]], seed: int) -> None:
@@ -235,13 +268,15 @@ class PhaseRunner:
 
     def _score(self, trajectories: list[Trajectory]) -> list[TraceScores]:
         started = time.monotonic()
-        scores = self.policy.score(trajectories, temperature=self.temperature)
+        scores = self.policy.score(trajectories, temperature=self.limits.temperature)
         self.times.score += time.monotonic() - started
         return scores
 
     def _reward(self, task: Task, trajectories: list[Trajectory]) -> None:
         started = time.monotonic()
         score_rewards(self.reward, task, trajectories)
+        if self.limits.overlong == "penalty":
+            penalise_overlong(trajectories, self.limits)
         self.times.reward += time.monotonic() - started
 
 

@@ -35,6 +35,7 @@ class _Call(Generic[K]):
     interrupt: Callable[[], None]
     timeout_s: float
     started: float = 0.0
+    given_up: bool = False
 
 
 class ToolPool(Generic[K]):
@@ -43,6 +44,9 @@ class ToolPool(Generic[K]):
     A call that outlives its limit is interrupted and given up: its trajectory goes on with a time-out result, its slot
     is freed, and whatever it returns later is dropped. So a hung tool costs its own trajectory its own limit, no more.
     The thread that polls decides alone how a call ended: workers only hand in answers.
+
+    Threads are kept for further calls: the thread that generates has to wait for one that starts, and on a busy machine
+    each such wait costs milliseconds.
 
     Args:
         workers: calls that run at the same time.
@@ -54,6 +58,8 @@ class ToolPool(Generic[K]):
         self._waiting: deque[_Call[K]] = deque()
         self._running: dict[int, _Call[K]] = {}
         self._answers: queue.SimpleQueue[tuple[int, ToolOutcome[K] | AppoError]] = queue.SimpleQueue()
+        self._started: queue.SimpleQueue[tuple[int, _Call[K]] | None] = queue.SimpleQueue()  # None ends the threads
+        self._threads = 0  # that take calls; a thread of a call given up takes none again
 
     def __len__(self) -> int:
         """Calls submitted and not yet returned by ``poll``."""
@@ -82,20 +88,40 @@ class ToolPool(Generic[K]):
             wait_s = self._seconds_to_next_deadline()
 
     def abandon(self) -> None:
-        """Give up everything: for the end of an interrupted run."""
+        """Give up everything that has not ended, and the threads: for the end of a run."""
         self._waiting.clear()
-        for call in self._running.values():
-            _interrupt_aside(call)
-        self._running.clear()
+        for number in list(self._running):
+            self._give_up(number)
+        self._started.put(None)
+        self._started, self._threads = queue.SimpleQueue(), 0
 
     def _start_waiting(self) -> None:
         while self._waiting and len(self._running) < self._workers:
             number, call = next(self._numbers), self._waiting.popleft()
             call.started = time.monotonic()
             self._running[number] = call
-            threading.Thread(target=self._work, args=(number, call), daemon=True, name="appo-tool").start()
+            self._started.put((number, call))
+            if len(self._running) > self._threads:
+                self._threads += 1
+                threading.Thread(target=self._work, args=(self._started,), daemon=True, name="appo-tool").start()
 
-    def _work(self, number: int, call: _Call[K]) -> None:
+    def _give_up(self, number: int) -> _Call[K]:
+        call = self._running.pop(number)
+        call.given_up = True
+        self._threads -= 1  # its thread may hang for ever
+        _interrupt_aside(call)
+        return call
+
+    def _work(self, started: queue.SimpleQueue[tuple[int, _Call[K]] | None]) -> None:
+        while (next_call := started.get()) is not None:
+            number, call = next_call
+            if not call.given_up:
+                self._answers.put((number, self._answer(call)))
+            if call.given_up:  # another thread has taken the place of this one
+                return
+        started.put(None)  # for the other threads
+
+    def _answer(self, call: _Call[K]) -> ToolOutcome[K] | AppoError:
         text, failure = "", None
         try:
             text = call.run()
@@ -104,12 +130,11 @@ class ToolPool(Generic[K]):
         except ToolFailure as error:
             text, failure = str(error), error
         except AppoError as error:  # not this call but the tool is broken: the run must stop
-            self._answers.put((number, error))
-            return
+            return error
         except BaseException as error:  # a user's tool may raise anything, SystemExit too; the policy reads it
             failure = ToolFailure(f"{type(error).__name__}: {error}")
             text = str(failure)
-        self._answers.put((number, ToolOutcome(call.key, text, failure, time.monotonic() - call.started)))
+        return ToolOutcome(call.key, text, failure, time.monotonic() - call.started)
 
     def _answered(self, wait_s: float) -> list[ToolOutcome[K]]:
         """Answers handed in, but for those of calls given up; waits for the first."""
@@ -131,8 +156,7 @@ class ToolPool(Generic[K]):
         now = time.monotonic()
         for number, call in list(self._running.items()):
             if now - call.started >= call.timeout_s:
-                del self._running[number]
-                _interrupt_aside(call)
+                self._give_up(number)
                 failure = ToolFailure(f"no answer within {call.timeout_s:g} seconds", kind="timeout")
                 outcomes.append(ToolOutcome(call.key, str(failure), failure, now - call.started))
         return outcomes

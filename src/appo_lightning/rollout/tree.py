@@ -17,12 +17,13 @@ from appo_lightning.algorithm import (
     gamma_from_half_life,
     score_criterion,
     select_branch_points,
+    share_branches,
     tool_boundary_mask,
 )
 from appo_lightning.batching import TraceScores
 from appo_lightning.errors import ConfigurationError
 from appo_lightning.rewards.base import Reward
-from appo_lightning.rollout.loop import Prefix
+from appo_lightning.rollout.loop import Prefix, RolloutLimits
 from appo_lightning.rollout.seeds import derive_seed
 from appo_lightning.types import Branch, BranchPoint, RolloutTree, Task, Trajectory
 
@@ -51,6 +52,10 @@ class BranchingOptions:
             trainer count as zero; where nothing is left, entropy alone chooses.
         min_remaining: response budget in tokens that must be left after a branch point.
         keep_token: the branch keeps the token at the branch point (as published); false samples it again.
+        budget: "equal" gives every prompt M - N branches; "disagreement" shares out those of a mini-batch in proportion
+            to the spread of the roots' rewards, none where they all agree; the total stays. Needs scope "prompt".
+        max_refills: at most so many times per phase, prompts whose roots all earn the same are replaced by other
+            prompts (DAPO's dynamic sampling); what is equal after that is trained on. 0 turns it off.
     """
 
     num_roots: int = 8
@@ -64,6 +69,8 @@ class BranchingOptions:
     noise_floor_multiple: float = 3.0
     min_remaining: int = 16
     keep_token: bool = True
+    budget: Literal["equal", "disagreement"] = "equal"
+    max_refills: int = 0
 
     def __post_init__(self) -> None:
         if self.num_roots < 1:
@@ -102,6 +109,16 @@ class BranchingOptions:
                 "branching.gain_baseline = 'previous' has no effect without branches chosen by a criterion that uses "
                 "the gain; remove it"
             )
+
+        if self.budget == "disagreement" and (self.scope != "prompt" or not self.num_branches):
+            raise ConfigurationError(
+                "branching.budget = 'disagreement' moves branches between prompts: it needs scope: prompt and "
+                f"num_rollouts > num_roots, got scope {self.scope!r} and {self.num_branches} branches"
+            )
+        if self.max_refills < 0:
+            raise ConfigurationError(f"branching.max_refills must be at least 0, got {self.max_refills}")
+        if self.max_refills and self.num_roots == 1:
+            raise ConfigurationError("branching.max_refills would replace every prompt: one root always equals itself")
 
     @property
     def num_branches(self) -> int:
@@ -188,14 +205,18 @@ def plan_branches(
         min_remaining=options.min_remaining,
     )
     tree_of_root = torch.tensor([i for i, tree in enumerate(trees) for _ in tree.roots])
-    per_root = options.num_branches // options.num_roots
+    count: int | list[int] = options.num_branches
+    if options.scope == "root":
+        count = options.num_branches // options.num_roots
+    elif options.budget == "disagreement":
+        count = share_branches([rewards_of(tree.roots) for tree in trees], options.num_branches * len(trees))
     chosen = select_branch_points(
         scored.score,
         scored.entropy_z,
         scored.future_value_z,
         candidates,
         tree_of_root,
-        count=per_root if options.scope == "root" else options.num_branches,
+        count=count,
         scope=options.scope,
         eligible=scored.eligible,
     )
@@ -251,6 +272,32 @@ def attach_branches(
         Branch(point, trajectory, prefix_length=len(prefix.response_ids))
         for point, prefix, trajectory in zip(points, prefixes, trajectories, strict=True)
     ]
+
+
+def rewards_of(trajectories: Sequence[Trajectory]) -> list[float]:
+    """Rewards of scored trajectories."""
+    rewards = [trajectory.reward for trajectory in trajectories if trajectory.reward is not None]
+    assert len(rewards) == len(trajectories), "score trajectories first"
+    return rewards
+
+
+def overlong_penalty(num_tokens: int, *, max_tokens: int, buffer: int) -> float:
+    """What a long response loses: 0 up to ``max_tokens - buffer`` tokens, falling to -1 at ``max_tokens``.
+
+    Source: DAPO (arXiv 2503.14476), soft overlong punishment.
+    """
+    return -min(1.0, max(0.0, (num_tokens - (max_tokens - buffer)) / buffer))
+
+
+def penalise_overlong(trajectories: Sequence[Trajectory], limits: RolloutLimits) -> None:
+    """Add the soft penalty to scored trajectories, as the part ``overlong`` of the reward."""
+    for trajectory in trajectories:
+        assert trajectory.reward is not None
+        penalty = overlong_penalty(
+            len(trajectory.response_ids), max_tokens=limits.max_response_tokens, buffer=limits.overlong_buffer
+        )
+        trajectory.reward += penalty
+        trajectory.reward_parts["overlong"] = penalty
 
 
 def score_rewards(reward: Reward, task: Task, trajectories: Sequence[Trajectory]) -> None:

@@ -67,6 +67,9 @@ class StopStrings:
         self._tokenizer = tokenizer
         self._stop = stop
         self._last_characters = {string[-1] for string in stop}
+        # U+FFFD stands for a part of a multi-byte character; ASCII has no parts.
+        if not all(character.isascii() for character in self._last_characters):
+            self._last_characters.add("\ufffd")
         # A token holds at least one byte; one more token in front, because some decoders strip what they start with.
         self._tail = max(len(string.encode()) for string in stop) + 1
         self._may_complete: dict[int, bool] = {}
@@ -86,9 +89,8 @@ class StopStrings:
         return next((string for string in self._stop if string in text), None)
 
     def _holds_a_last_character(self, token_id: int) -> bool:
-        # Twice, because a decoder may strip a leading space; U+FFFD stands for a part of a multi-byte character.
-        text = self._decode([token_id, token_id])
-        return "\ufffd" in text or not self._last_characters.isdisjoint(text)
+        # Twice, because a decoder may strip a leading space.
+        return not self._last_characters.isdisjoint(self._decode([token_id, token_id]))
 
     def _decode(self, ids: Sequence[int]) -> str:
         text = self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)

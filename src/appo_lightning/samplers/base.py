@@ -99,6 +99,11 @@ class Sampler(ABC):
     def num_unfinished(self) -> int:
         """Requests submitted and not yet returned."""
 
+    @property
+    def progress(self) -> int:
+        """Grows with every sampled token; one that grows with completions only makes the watchdog less patient."""
+        return self.stats().generated_tokens
+
     def stats(self) -> SamplerStats:
         """A snapshot of the counters; zeros from a sampler that does not count."""
         return SamplerStats()

@@ -112,6 +112,10 @@ class TransformersSampler(Sampler):
     def num_unfinished(self) -> int:
         return len(self._waiting)
 
+    @property
+    def progress(self) -> int:
+        return self._stats.steps  # each samples a token
+
     def stats(self) -> SamplerStats:
         return replace(self._stats)
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from appo_lightning.errors import ConfigurationError, SamplerError
+from appo_lightning.errors import ConfigurationError, EngineFailure, SamplerError
 from appo_lightning.samplers._common import (
     StopStrings,
     check_request,
@@ -208,6 +208,13 @@ class VLLMSampler(Sampler):
     def num_unfinished(self) -> int:
         return len(self._unfinished)
 
+    @property
+    def progress(self) -> int:
+        if self._engine is None:
+            return 0
+        states: Any = self._engine.output_processor.request_states.values()
+        return self._stats.generated_tokens + sum(state.detokenizer.num_output_tokens() for state in states)
+
     def stats(self) -> SamplerStats:
         return replace(self._stats)
 
@@ -278,7 +285,7 @@ class VLLMSampler(Sampler):
         if self._engine is None:
             raise SamplerError("the sampler is not started: call start first")
         if self._failure is not None:
-            raise SamplerError("the engine failed before: close the sampler and start it again") from self._failure
+            raise EngineFailure("the engine failed before: close the sampler and start it again") from self._failure
         return self._engine
 
     @contextmanager
@@ -290,7 +297,7 @@ class VLLMSampler(Sampler):
             self._failure = error
             if isinstance(error, SamplerError):
                 raise
-            raise SamplerError(f"vLLM failed to {action}: {type(error).__name__}: {error}") from error
+            raise EngineFailure(f"vLLM failed to {action}: {type(error).__name__}: {error}") from error
 
     @contextmanager
     def _sampling_threads(self) -> Iterator[None]:

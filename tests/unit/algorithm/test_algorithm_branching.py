@@ -5,7 +5,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from appo_lightning.algorithm import branch_candidates, branching_score, future_value, select_branch_points
+from appo_lightning.algorithm import (
+    branch_candidates,
+    branching_score,
+    future_value,
+    select_branch_points,
+    share_branches,
+)
 from appo_lightning.types import BranchPoint
 
 
@@ -188,3 +194,20 @@ def test_wrong_input_is_refused_in_one_line():
         select_branch_points(score, score, score, ones(1, 3), prompts.repeat(2), count=1, scope="root")
     with pytest.raises(ValueError, match="min_remaining must be a finite number >= 1, got 0"):
         branch_candidates(ones(1, 3), ones(1, 3), max_response_tokens=9, min_remaining=0)
+
+
+def test_branches_are_shared_out_by_the_spread_of_the_roots_rewards():
+    # Spreads 0, 1/2, 1/4 of 6 branches: quotas 0, 4, 2.
+    assert share_branches([[1, 1], [0, 1], [0.5, 1]], 6) == [0, 4, 2]
+    # Equal spreads of 5: quotas 5/3 each; two remainders are rounded up, the first ones.
+    assert share_branches([[0, 1], [1, 0], [2, 1]], 5) == [2, 2, 1]
+    # Nobody disagrees: all alike.
+    assert share_branches([[1, 1], [0, 0]], 6) == [3, 3]
+    assert share_branches([], 0) == []
+
+
+def test_each_prompt_may_have_its_own_count():
+    score = torch.tensor([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0]])
+    everywhere = torch.ones(2, 3, dtype=torch.bool)
+    points = select_branch_points(score, score, score, everywhere, torch.tensor([4, 9]), count=[2, 0], scope="prompt")
+    assert [(point.root, point.position) for point in points] == [(0, 2), (0, 1)]

@@ -10,10 +10,17 @@ import torch
 from torch import Tensor
 
 from appo_lightning.batching import ProcedureBatch, TraceScores
-from appo_lightning.errors import DataError
+from appo_lightning.errors import ConfigurationError, DataError
+from appo_lightning.rewards.base import Reward, Score
 from appo_lightning.rollout.loop import RolloutLimits, RolloutLoop
-from appo_lightning.rollout.phase import Phase, PhaseRunner
-from appo_lightning.rollout.tree import BlankTokens, BranchingOptions
+from appo_lightning.rollout.phase import Phase, PhaseRunner, Refill
+from appo_lightning.rollout.tree import (
+    BlankTokens,
+    BranchingOptions,
+    overlong_penalty,
+    penalise_overlong,
+    rewards_of,
+)
 from appo_lightning.types import Task, Trajectory
 from helpers.scripted import (
     EchoTool,
@@ -22,6 +29,7 @@ from helpers.scripted import (
     VariableTool,
     logprob_of,
     make_task,
+    rolled_out,
     scripted_tokenizer,
 )
 from helpers.tiny import EOS
@@ -62,16 +70,21 @@ def script(text: str, seed: int) -> str:
     return f"<search>city {number}</search>" if "</result>" not in text else f"<answer>{number}</answer>{EOS}"
 
 
-def make_runner(policy: FakePolicy, *, train_branches: bool = False, **options: object) -> PhaseRunner:
-    limits = RolloutLimits(max_response_tokens=200)
+def make_runner(
+    policy: FakePolicy,
+    *,
+    train_branches: bool = False,
+    reward: Reward | None = None,
+    limits: RolloutLimits = RolloutLimits(max_response_tokens=200),  # noqa: B008
+    **options: object,
+) -> PhaseRunner:
     tools = [EchoTool(), VariableTool()]
     return PhaseRunner(
         loop=RolloutLoop(ScriptedSampler(script), tools, scripted_tokenizer(), limits),
         policy=policy,
-        reward=LengthReward(),
+        reward=reward or LengthReward(),
         options=BranchingOptions(**{"num_roots": 2, "num_rollouts": 6, **options}),  # type: ignore[arg-type]
-        temperature=1.0,
-        max_response_tokens=limits.max_response_tokens,
+        limits=limits,
         seed=11,
         is_blank=BlankTokens(scripted_tokenizer()),
         train_branches=train_branches,
@@ -220,3 +233,128 @@ def test_seconds_are_accounted_by_what_they_went_to():
     runner.mini_batch(runner.begin(0, tasks()), range(3), visit=0)
     assert runner.times.sample_roots > 0
     assert runner.times.sample_branches > 0
+
+
+# --- dynamic sampling, budgets, long responses -----------------------------------------------------------------------
+
+
+class AgreeingReward(Reward):
+    """The roots of tasks named in ``equal`` all earn 1; those of others what their text says."""
+
+    def __init__(self, *equal: str) -> None:
+        self.equal = equal
+
+    def score(self, task: Task, response_text: str) -> Score:
+        if task.id in self.equal:
+            return Score(1.0, True)
+        return Score(float(sum(map(ord, response_text)) % 1009), True)
+
+
+def refill_of(*rounds: list[str]) -> Refill:
+    def refill(number: int, count: int) -> list[Task]:
+        return [make_task(name) for name in rounds[number][:count]]
+
+    return refill
+
+
+def test_prompts_whose_roots_all_earn_the_same_are_replaced_until_the_rounds_are_over():
+    # Round 0 replaces t0 and t2 by a and b; b is equal too, so round 1 replaces it by c, equal again: no third round.
+    runner = make_runner(FakePolicy(), reward=AgreeingReward("t0", "t2", "b", "c"), max_refills=2)
+    phase = runner.begin(3, tasks(), refill_of(["a", "b", "unused"], ["c"], ["never"]))
+    assert [task.id for task in phase.tasks] == ["a", "t1", "c"]
+    assert phase.refills == [2, 1]
+    assert [len(set(rewards_of(group))) for group in phase.roots] == [2, 2, 1]
+    for task, group, scores in zip(phase.tasks, phase.roots, phase.old, strict=True):
+        assert all(root.prompt_ids == task.prompt_ids for root in group)
+        assert [len(score.logprobs) for score in scores] == [len(root.response_ids) for root in group]
+    # A prompt that came in late is sampled as if it had been there from the start.
+    alone = make_runner(FakePolicy()).begin(3, [make_task("a")])
+    assert tokens(alone.roots[0]) == tokens(phase.roots[0])
+
+
+def test_without_other_prompts_equal_groups_stay():
+    runner = make_runner(FakePolicy(), reward=AgreeingReward("t0"), max_refills=5)
+    phase = runner.begin(0, tasks(), refill_of([]))
+    assert [task.id for task in phase.tasks] == ["t0", "t1", "t2"]
+    assert phase.refills == []
+
+
+def test_refills_are_off_by_default():
+    runner = make_runner(FakePolicy(), reward=AgreeingReward("t0"))
+    assert runner.begin(0, tasks(), refill_of(["a"])).refills == []
+
+
+def test_a_refilled_phase_survives_a_checkpoint(tmp_path: Path):
+    runner = make_runner(FakePolicy(), reward=AgreeingReward("t0", "t2", "b"), max_refills=2)
+    refill = refill_of(["a", "b"], ["c"])
+    phase = runner.begin(7, tasks(), refill)
+    torch.save(phase.state_dict(), tmp_path / "phase.pt")
+    state = torch.load(tmp_path / "phase.pt", weights_only=True)
+    loaded = Phase.from_state_dict(state, tasks(), refill)
+    assert loaded.tasks == phase.tasks
+    assert loaded.refills == [2, 1]
+    first, second = (runner.mini_batch(each, range(3), visit=1) for each in (phase, loaded))
+    assert branch_tokens(first) == branch_tokens(second)
+    with pytest.raises(DataError, match="over other tasks"):
+        Phase.from_state_dict(state, tasks(), refill_of(["x", "y"], ["z"]))
+    with pytest.raises(DataError, match="over other tasks"):
+        Phase.from_state_dict(state, tasks())
+
+
+def test_branches_move_from_prompts_that_agree_to_those_that_do_not():
+    options = {"scope": "prompt", "budget": "disagreement", "min_remaining": 1, "criterion": "random"}
+    runner = make_runner(FakePolicy(), reward=AgreeingReward("t0", "t2"), num_rollouts=4, **options)
+    batch = runner.mini_batch(runner.begin(0, tasks()), range(3), visit=0)
+    # Two branches per prompt, six in all.
+    assert [len(tree.branches) for tree in batch.trees] == [0, 6, 0]
+
+
+def test_a_long_response_loses_up_to_one_point_over_the_end_of_its_budget():
+    # 100 tokens, the last 40 of them cost: 60 -> 0, 70 -> -1/4, 90 -> -3/4, 100 -> -1.
+    penalties = [overlong_penalty(n, max_tokens=100, buffer=40) for n in (10, 60, 70, 90, 100)]
+    assert penalties == [0.0, 0.0, -0.25, -0.75, -1.0]
+    root = rolled_out("abcd", reward=2.0)
+    assert len(root.response_ids) == 4
+    penalise_overlong([root], RolloutLimits(max_response_tokens=5, overlong="penalty", overlong_buffer=4))
+    # 4 of 5 tokens with a buffer of 4: three tokens into it.
+    assert root.reward == 1.25
+    assert root.reward_parts["overlong"] == -0.75
+
+
+def test_the_penalty_reaches_roots_and_branches():
+    limits = RolloutLimits(max_response_tokens=200, overlong="penalty", overlong_buffer=200)
+    runner = make_runner(FakePolicy(), reward=AgreeingReward("t0", "t1", "t2"), limits=limits)
+    batch = runner.mini_batch(runner.begin(0, tasks()), range(3), visit=0)
+    for tree in batch.trees:
+        for trajectory in [*tree.roots, *(branch.trajectory for branch in tree.branches)]:
+            assert trajectory.reward == pytest.approx(1 - len(trajectory.response_ids) / 200)
+
+
+def test_cut_responses_leave_the_loss_and_stay_in_their_group():
+    def cut(policy: FakePolicy, overlong: str) -> ProcedureBatch:
+        limits = RolloutLimits(max_response_tokens=12, overlong=overlong)  # type: ignore[arg-type]
+        runner = make_runner(policy, num_rollouts=2, limits=limits)
+        return runner.mini_batch(runner.begin(0, tasks()), range(3), visit=0)
+
+    kept, dropped = cut(FakePolicy(), "keep"), cut(FakePolicy(), "drop")
+    assert {root.stop_reason for tree in kept.trees for root in tree.roots} == {"length"}
+    assert kept.mask.any()
+    assert not dropped.mask.any()
+    assert torch.equal(kept.rewards, dropped.rewards)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: BranchingOptions(2, 6, budget="disagreement"), "needs scope: prompt"),
+        (lambda: BranchingOptions(2, 2, scope="prompt", budget="disagreement"), "num_rollouts > num_roots"),
+        (lambda: BranchingOptions(2, 4, max_refills=-1), "max_refills must be at least 0"),
+        (lambda: BranchingOptions(1, 4, max_refills=1), "one root always equals itself"),
+        (lambda: RolloutLimits(overlong="penalty"), "a penalty needs a buffer"),
+        (lambda: RolloutLimits(overlong_buffer=3), "a penalty needs a buffer"),
+        (lambda: RolloutLimits(max_response_tokens=5, overlong="penalty", overlong_buffer=6), r"in \[0, max_response"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(make, message):
+    with pytest.raises(ConfigurationError, match=message):
+        make()

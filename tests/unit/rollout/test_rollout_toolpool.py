@@ -108,9 +108,9 @@ def test_a_hung_call_costs_its_limit_and_frees_its_slot():
         release.wait(30)
         return "late"
 
+    started = time.monotonic()
     submit(pool, "hung", hang, timeout_s=0.2, interrupt=interrupted.set)
     submit(pool, "next", lambda: "fine")
-    started = time.monotonic()
     outcomes = drain(pool)
     assert 0.2 <= time.monotonic() - started < 5
     assert outcomes["next"].text == "fine"
@@ -197,3 +197,55 @@ def test_abandoned_calls_are_interrupted_and_never_come_back():
     assert len(pool) == 0
     time.sleep(0.05)
     assert pool.poll(block=True) == []
+
+
+def tool_threads() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name == "appo-tool"}
+
+
+def ended(threads: set[threading.Thread]) -> bool:
+    for thread in threads:
+        thread.join(5)
+    return not any(thread.is_alive() for thread in threads)
+
+
+def test_threads_are_kept_for_further_calls_and_end_with_the_run():
+    before = tool_threads()
+    pool: ToolPool[str] = ToolPool(3)
+    used: set[threading.Thread] = set()
+    for i in range(30):
+        submit(pool, str(i), lambda: used.add(threading.current_thread()) or "ok")  # type: ignore[func-returns-value]
+    drain(pool)
+    assert 1 <= len(used) <= 3
+    assert tool_threads() - before == used
+    pool.abandon()
+    assert ended(used)
+
+
+def test_a_thread_that_hangs_is_replaced_and_takes_no_further_call():
+    before = tool_threads()
+    pool: ToolPool[str] = ToolPool(2)
+    release = threading.Event()
+    hung: list[threading.Thread] = []
+
+    def hang() -> str:
+        hung.append(threading.current_thread())
+        release.wait(30)
+        return "late"
+
+    for i in range(2):
+        submit(pool, f"hung {i}", hang, timeout_s=0.05)
+    drain(pool)
+    used: list[threading.Thread] = []
+    for i in range(20):
+        submit(pool, str(i), lambda: used.append(threading.current_thread()) or "ok")  # type: ignore[func-returns-value]
+    assert len(drain(pool)) == 20
+    release.set()
+    assert ended(set(hung))
+    for i in range(20):
+        submit(pool, str(i), lambda: used.append(threading.current_thread()) or "ok")  # type: ignore[func-returns-value]
+    assert len(drain(pool)) == 20
+    assert not set(used) & set(hung)
+    assert len(set(used)) <= 2
+    pool.abandon()
+    assert ended(tool_threads() - before)

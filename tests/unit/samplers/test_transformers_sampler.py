@@ -165,6 +165,24 @@ class TestStopStrings:
     def test_multi_byte_characters_are_found_once_complete(self) -> None:
         assert self.first_stop("in 北海!", "海") == "in 北海"
 
+    def test_an_ascii_end_behind_a_part_of_a_character_is_found(self) -> None:
+        tokenizer = build_tokenizer()
+        part = tokenizer.encode("海", add_special_tokens=False)[:1]
+        strings = StopStrings(tokenizer, ("</python>",))
+        ids = part + tokenizer.encode("</python>", add_special_tokens=False)
+        assert [strings.completed_by_last(ids[:n]) for n in range(1, len(ids))] == [None] * (len(ids) - 1)
+        assert strings.completed_by_last(ids) == "</python>"
+
+    def test_text_is_decoded_only_where_a_string_may_end(self) -> None:
+        tokenizer = build_tokenizer()
+        strings = StopStrings(tokenizer, ("</python>",))
+        ids = tokenizer.encode("東京" * 10, add_special_tokens=False)
+        for length in range(1, len(ids) + 1):
+            strings.completed_by_last(ids[:length])
+        strings._decode = None  # type: ignore[assignment, method-assign]
+        for length in range(1, len(ids) + 1):
+            assert strings.completed_by_last(ids[:length]) is None
+
     def test_spaces_and_line_breaks_count(self) -> None:
         assert self.first_stop("end of it\n\nmore", "\n\n") == "end of it\n\n"
         assert self.first_stop("a b", " ") == "a "

@@ -1,0 +1,103 @@
+"""Nothing hangs for ever: an engine that samples no token within a stated time is given up."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from appo_lightning.errors import EngineFailure
+
+_GRACE_S = 30.0
+
+
+class Watchdog:
+    """Watches the progress of an engine.
+
+    Two ways to hang: steps that return and sample nothing (``look``), and a step that does not return (``guard``). The
+    second is interrupted like a key press of Ctrl-C; code that cannot be interrupted, such as a hung kernel, ends the
+    process with one line after a grace of 30 seconds.
+
+    Args:
+        limit_s: longest time without a token.
+    """
+
+    def __init__(self, limit_s: float) -> None:
+        self._limit_s = limit_s
+        self._look_again_s = min(1.0, limit_s / 4)
+        self._seen = -1
+        self._since = self._next_look = time.monotonic()
+        self._entered: float | None = None
+        self._fired = False
+        self._stop = threading.Event()
+
+    def rest(self) -> None:
+        """Something happened, or the engine has nothing to do: count from now."""
+        self._since = time.monotonic()
+
+    def look(self, progress: int) -> None:
+        """Compare the progress with that of the last look.
+
+        Raises:
+            EngineFailure: nothing happened for longer than the limit.
+        """
+        now = time.monotonic()
+        self._next_look = now + self._look_again_s
+        if progress != self._seen:
+            self._seen, self._since = progress, now
+        elif now - self._since > self._limit_s:
+            self._since = now
+            raise EngineFailure(self._message())
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time to look: looking has a cost."""
+        return time.monotonic() >= self._next_look
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Run the thread that watches ``guard``; only the main thread can be interrupted."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        threading.Thread(target=self._watch, daemon=True, name="appo-watchdog").start()
+        try:
+            yield
+        finally:
+            self._stop.set()
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """Around a step of the engine.
+
+        Raises:
+            EngineFailure: the step took longer than the limit and was interrupted.
+        """
+        self._entered = time.monotonic()
+        try:
+            yield
+        except KeyboardInterrupt as error:
+            if not self._fired:
+                raise
+            raise EngineFailure(self._message()) from error
+        finally:
+            self._entered, self._fired = None, False
+
+    def _message(self) -> str:
+        return f"the engine sampled no token for {self._limit_s:g} seconds (data.rollout.stall_timeout_s)"
+
+    def _watch(self) -> None:
+        while not self._stop.wait(self._look_again_s):
+            entered = self._entered
+            if entered is None or time.monotonic() - entered <= self._limit_s:
+                continue
+            if not self._fired:
+                self._fired = True
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            elif time.monotonic() - entered > self._limit_s + _GRACE_S:
+                print(f"error: {self._message()} and cannot be interrupted", file=sys.stderr, flush=True)
+                os._exit(1)

@@ -1,0 +1,444 @@
+"""Measure the tool loop: against the bare engine, against a lock-step loop, and branches against new rollouts.
+
+    python tools/bench_rollout.py --json runs/bench_rollout.json
+
+The measured code is the package's ``RolloutLoop`` and ``VLLMSampler``. A wrapper around the sampler fixes how many
+tokens each turn has and ends it with a tool call, so that every contestant does the same work whatever the policy
+says. The contestants of a row take turns in one process; a ratio is the median of the ratios within a round.
+``cpu`` is the ratio of the main thread's CPU seconds, which a busy machine changes less; ``idle`` the share of the time
+with requests in the engine that the loop spends outside its step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from appo_lightning.rollout.loop import Prefix, RolloutLimits, RolloutLoop
+from appo_lightning.rollout.parsing import ResultEncoder
+from appo_lightning.samplers.base import Completion, Sampler, SampleRequest, generate
+from appo_lightning.samplers.vllm import VLLMSampler
+from appo_lightning.tools.base import StatelessTool
+from appo_lightning.types import Task
+
+PROMPT_TOKENS = 40
+MAX_LENGTH = 1024
+RESULT = "ok then go on"
+POOL = 64  # tool calls at the same time, in both loops
+
+
+@dataclass
+class Workload:
+    """What each sequence does: tokens of each turn, and seconds of the call after each turn but the last."""
+
+    turns: list[list[int]]
+    seconds: list[list[float]]
+
+    @property
+    def tokens(self) -> int:
+        """Generated tokens of all sequences."""
+        return sum(map(sum, self.turns))
+
+
+def workload(
+    sequences: int, turns: int, *, tools: tuple[float, float] | None, slow_every: int = 0, vary: bool = False
+) -> Workload:
+    """Turns of 32 to 96 tokens.
+
+    Args:
+        sequences: how many.
+        turns: of each sequence, or their mean.
+        tools: shortest and longest call in seconds; None: calls that return at once.
+        slow_every: one call in so many takes 3 s.
+        vary: sequences differ in their number of turns, 1 to 2 * turns - 1, as those of an agent do.
+    """
+    draw = random.Random(0)
+    counts = [draw.randint(1, 2 * turns - 1) if vary else turns for _ in range(sequences)]
+    tokens = [[draw.randint(32, 96) for _ in range(count)] for count in counts]
+    seconds = [[draw.uniform(*tools) if tools else 0.0 for _ in range(count - 1)] for count in counts]
+    calls = [(row, turn) for row, count in enumerate(counts) for turn in range(count - 1)]
+    if slow_every:
+        # Spread over turns as a random draw would be: lock-step meets one in most rounds.
+        for row, turn in draw.sample(calls, max(1, len(calls) // slow_every)):
+            seconds[row][turn] = 3.0
+    return Workload(tokens, seconds)
+
+
+class WaitTool(StatelessTool):
+    """Takes as long as the workload says."""
+
+    name, timeout_s = "wait", 30.0
+
+    def __init__(self) -> None:
+        self.workload = Workload([], [])
+
+    def run(self, argument: str, task: Task) -> str:
+        """``argument`` is "row turn"."""
+        row, turn = map(int, argument.split())
+        if self.workload.seconds[row][turn]:
+            time.sleep(self.workload.seconds[row][turn])
+        return RESULT
+
+
+class FixedTurns(Sampler):
+    """The engine, with the number of tokens of each turn fixed and a call written over the end of it.
+
+    A turn is found by the length of the request, so that branches fit in as well.
+    """
+
+    def __init__(self, inner: VLLMSampler, tokenizer: Any) -> None:
+        self.inner, self.tokenizer = inner, tokenizer
+        self.tool = WaitTool()
+        self.result_ids, _ = ResultEncoder(tokenizer, [self.tool.name]).encode(RESULT, 1024)
+        self.rows: list[int] = []  # row of the workload, by request id
+        self._wanted: dict[int, tuple[int, int, int, int]] = {}
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what was measured."""
+        self.seconds_in_step = self.seconds_with_work = 0.0
+        self.first_cached: dict[int, tuple[int, int]] = {}  # cached tokens and tokens of a sequence's first request
+        self._busy_since: float | None = None
+
+    def set_workload(self, work: Workload, rows: Sequence[int] | None = None) -> None:
+        """What the requests to come will do."""
+        self.tool.workload, self.rows = work, list(range(len(work.turns)) if rows is None else rows)
+        self.reset()
+
+    def turn_of(self, row: int, length: int) -> tuple[int, int]:
+        """The turn that a response of ``length`` tokens is in, and the tokens that it lacks."""
+        stop = 0
+        for turn, tokens in enumerate(self.tool.workload.turns[row]):
+            stop += tokens
+            if length < stop:
+                return turn, stop - length
+            stop += len(self.result_ids)
+        raise AssertionError("the sequence is over")
+
+    def call_ids(self, row: int, turn: int) -> list[int]:
+        """The call that ends a turn; none after the last."""
+        if turn == len(self.tool.workload.turns[row]) - 1:
+            return []
+        return self.tokenizer.encode(f"<wait>{row} {turn}</wait>", add_special_tokens=False)
+
+    def submit(self, request: SampleRequest) -> None:
+        """Queue the rest of the turn."""
+        row = self.rows[request.id]
+        turn, tokens = self.turn_of(row, len(request.token_ids) - PROMPT_TOKENS)
+        self._wanted[request.id] = (row, turn, tokens, len(request.token_ids))
+        if self._busy_since is None:
+            self._busy_since = time.perf_counter()
+        self.inner.submit(replace(request, max_tokens=tokens))
+
+    def step(self) -> list[Completion]:
+        """One step of the engine."""
+        began = time.perf_counter()
+        completions = self.inner.step()
+        ended = time.perf_counter()
+        self.seconds_in_step += ended - began
+        if not self.inner.num_unfinished and self._busy_since is not None:
+            self.seconds_with_work += ended - self._busy_since
+            self._busy_since = None
+        return [self._with_call(completion) for completion in completions]
+
+    def _with_call(self, completion: Completion) -> Completion:
+        row, turn, tokens, length = self._wanted.pop(completion.id)
+        assert len(completion.token_ids) == tokens, "the policy ended a turn by itself"
+        self.first_cached.setdefault(completion.id, (completion.cached_tokens, length))
+        call = self.call_ids(row, turn)
+        ids = [*completion.token_ids[: tokens - len(call)], *call]
+        return replace(completion, token_ids=ids, finish="stop" if call else "eos")
+
+    @property
+    def num_unfinished(self) -> int:
+        """Of the engine."""
+        return self.inner.num_unfinished
+
+    @property
+    def idle_share(self) -> float:
+        """Time in which the engine had requests and did not run, over the time in which it had requests."""
+        return 1 - self.seconds_in_step / self.seconds_with_work
+
+    def start(self, checkpoint: str, tokenizer: Any, *, max_length: int) -> None:
+        """Started already."""
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Nothing moves here."""
+
+    def abort(self, ids: Sequence[int]) -> None:
+        """Hand on."""
+        self.inner.abort(ids)
+
+
+class Bench:
+    """The contestants, around one engine."""
+
+    def __init__(self, checkpoint: str, tokenizer: Any) -> None:
+        self.engine = VLLMSampler(max_num_seqs=256)
+        self.engine.start(checkpoint, tokenizer, max_length=MAX_LENGTH)
+        self.engine._eos_token_ids = frozenset()  # a turn ends when the workload says so
+        self.sampler = FixedTurns(self.engine, tokenizer)
+        limits = RolloutLimits(PROMPT_TOKENS, MAX_LENGTH - PROMPT_TOKENS, max_tool_calls=16, tool_workers=POOL)
+        self.loop = RolloutLoop(self.sampler, [self.sampler.tool], tokenizer, limits)
+
+    def tasks(self, count: int) -> list[Task]:
+        """Prompts without a common beginning."""
+        return [Task(f"t{i}", [5 + (i * 7 + k * k) % 200 for k in range(PROMPT_TOKENS)], ()) for i in range(count)]
+
+    def forget(self) -> None:
+        """Empty the prefix cache: every run computes its own."""
+        assert self.engine._engine is not None
+        assert self.engine._engine.reset_prefix_cache()
+
+    def run_loop(self, work: Workload) -> float:
+        """Seconds of the package's loop."""
+        self.forget()
+        self.sampler.set_workload(work)
+        prefixes = [Prefix(task, seed) for seed, task in enumerate(self.tasks(len(work.turns)))]
+        return seconds(lambda: self.loop.run(prefixes, policy_version=0))
+
+    def run_engine(self, work: Workload) -> float:
+        """Seconds of vLLM's own step loop on the same tokens: results known at once, nothing parsed or recorded."""
+        self.forget()
+        self.sampler.set_workload(work)
+        return seconds(lambda: self._drive_engine(work))
+
+    def _drive_engine(self, work: Workload) -> None:
+        from vllm import SamplingParams
+        from vllm.inputs import tokens_input
+        from vllm.sampling_params import RequestOutputKind
+
+        engine = self.engine._engine
+        assert engine is not None
+        contexts = [list(task.prompt_ids) for task in self.tasks(len(work.turns))]
+        turn_of = [0] * len(contexts)
+
+        def submit(row: int) -> None:
+            parameters = SamplingParams(
+                max_tokens=work.turns[row][turn_of[row]],
+                seed=row * 100 + turn_of[row],
+                ignore_eos=True,
+                logprobs=0,
+                flat_logprobs=True,
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+                skip_clone=True,
+            )
+            engine.add_request(str(row), tokens_input(contexts[row]), parameters)
+
+        for row in range(len(contexts)):
+            submit(row)
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                row = int(output.request_id)
+                call = self.sampler.call_ids(row, turn_of[row])
+                if call:
+                    contexts[row] += [*output.outputs[0].token_ids[: -len(call)], *call, *self.sampler.result_ids]
+                    turn_of[row] += 1
+                    submit(row)
+
+    def run_lock_step(self, work: Workload) -> float:
+        """Seconds of the usual loop: generate all, then all tools in a pool, then generate all."""
+        self.forget()
+        self.sampler.set_workload(work)
+        return seconds(lambda: self._drive_lock_step(work))
+
+    def _drive_lock_step(self, work: Workload) -> None:
+        tasks = self.tasks(len(work.turns))
+        contexts = [list(task.prompt_ids) for task in tasks]
+        live = list(range(len(tasks)))
+        turn = 0
+        with ThreadPoolExecutor(POOL) as pool:
+            while live:
+                requests = [SampleRequest(row, contexts[row], 1, row * 100 + turn, stop=("</wait>",)) for row in live]
+                for row, completion in zip(live, generate(self.sampler, requests), strict=True):
+                    contexts[row] += completion.token_ids
+                live = [row for row in live if turn < len(work.turns[row]) - 1]
+                calls = [(f"{row} {turn}", tasks[row]) for row in live]
+                list(pool.map(lambda call: self.sampler.tool.run(*call), calls))
+                for row in live:
+                    contexts[row] += self.sampler.result_ids
+                turn += 1
+
+    def run_branches(self, work: Workload, roots_per_prompt: int, *, branches_first: bool) -> dict[str, float]:
+        """Roots, then as many branches and as many further rollouts, in either order."""
+        self.forget()
+        count = len(work.turns)
+        tasks = [task for task in self.tasks(count // roots_per_prompt) for _ in range(roots_per_prompt)]
+        self.sampler.set_workload(work)
+        roots = self.loop.run([Prefix(task, seed) for seed, task in enumerate(tasks)], policy_version=0)
+        draw = random.Random(1)
+        branches = []
+        for row, (task, root) in enumerate(zip(tasks, roots, strict=True)):
+            # As the tree does: after a sampled token, with something left to say; not inside the call.
+            possible = [t for t, sampled in enumerate(root.sampled) if sampled and self._may_branch(row, t + 1)]
+            length = draw.choice(possible) + 1
+            calls = [call for call in root.tool_calls if call.output_stop <= length]
+            branches.append(Prefix(task, 1000 + row, root.response_ids[:length], calls))
+        found: dict[str, float] = {}
+
+        def sample_branches() -> None:
+            self.sampler.set_workload(work)
+            began = time.perf_counter()
+            self.loop.run(branches, policy_version=0)
+            found["branches"] = time.perf_counter() - began
+            first = self.sampler.first_cached.values()
+            found["cached"] = sum(cached for cached, _ in first) / sum(total for _, total in first)
+
+        def sample_independent() -> None:
+            self.sampler.set_workload(work)
+            began = time.perf_counter()
+            self.loop.run([Prefix(task, 2000 + row) for row, task in enumerate(tasks)], policy_version=0)
+            found["independent"] = time.perf_counter() - began
+
+        for action in (sample_branches, sample_independent)[:: 1 if branches_first else -1]:
+            action()
+        kept = sum(sum(root.sampled[: len(prefix.response_ids)]) for root, prefix in zip(roots, branches, strict=True))
+        found["token_share"] = 1 - kept / work.tokens
+        return found
+
+    def _may_branch(self, row: int, length: int) -> bool:
+        work = self.tool_workload
+        end = sum(work.turns[row]) + len(self.sampler.result_ids) * (len(work.turns[row]) - 1)
+        if length >= end:
+            return False
+        turn, left = self.sampler.turn_of(row, length)
+        return left > len(self.sampler.call_ids(row, turn))
+
+    @property
+    def tool_workload(self) -> Workload:
+        """The current workload."""
+        return self.sampler.tool.workload
+
+
+def seconds(action: Callable[[], Any]) -> float:
+    """Wall clock of one call."""
+    began = time.perf_counter()
+    action()
+    return time.perf_counter() - began
+
+
+def compare(rounds: int, work: Workload, **contestants: Callable[[Workload], float]) -> dict[str, Any]:
+    """Seconds of each contestant by round, in turns; the order is reversed every other round."""
+    measured: dict[str, list[float]] = {name: [] for name in contestants}
+    cpu: dict[str, list[float]] = {name: [] for name in contestants}
+    for number in range(rounds):
+        for name in list(contestants)[:: 1 if number % 2 == 0 else -1]:
+            began = time.thread_time()
+            measured[name].append(contestants[name](work))
+            cpu[name].append(time.thread_time() - began)
+    return {"sequences": len(work.turns), "tokens": work.tokens, "seconds": measured, "cpu_seconds": cpu}
+
+
+def ratio(slow: Sequence[float], fast: Sequence[float]) -> float:
+    """Median over rounds."""
+    return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
+
+
+def measure(bench: Bench, *, rounds: int, sequences: int, many: int) -> dict[str, Any]:
+    """All rows."""
+    tools = (0.05, 0.3)
+    idle: list[float] = []
+
+    def loop(work: Workload) -> float:
+        taken = bench.run_loop(work)
+        idle.append(bench.sampler.idle_share)
+        return taken
+
+    rows: dict[str, Any] = {}
+    engine_rows = {
+        f"one turn, {many} sequences": workload(many, 1, tools=None),
+        f"one turn, {sequences} sequences": workload(sequences, 1, tools=None),
+        f"4 turns, tools at once, {sequences} sequences": workload(sequences, 4, tools=None),
+        f"4 turns, tools 50-300 ms, {many} sequences": workload(many, 4, tools=tools),
+    }
+    for name, work in engine_rows.items():
+        idle.clear()
+        row = compare(rounds, work, engine=bench.run_engine, loop=loop)
+        row["ratio"] = ratio(row["seconds"]["engine"], row["seconds"]["loop"])
+        row["cpu_ratio"] = ratio(row["cpu_seconds"]["engine"], row["cpu_seconds"]["loop"])
+        rows[name] = {**row, "against": "bare engine", "idle_share": statistics.median(idle)}
+    lock_rows = {
+        f"4 turns, tools 50-300 ms, {sequences} sequences": workload(sequences, 4, tools=tools),
+        f"1-7 turns, tools 50-300 ms, {sequences} sequences": workload(sequences, 4, tools=tools, vary=True),
+        f"1-7 turns, one in 50 3 s, {sequences} sequences": workload(
+            sequences, 4, tools=tools, slow_every=50, vary=True
+        ),
+    }
+    for name, work in lock_rows.items():
+        idle.clear()
+        row = compare(rounds, work, lock_step=bench.run_lock_step, loop=loop)
+        row["ratio"] = ratio(row["seconds"]["lock_step"], row["seconds"]["loop"])
+        rows[name] = {**row, "against": "lock step", "idle_share": statistics.median(idle)}
+    for name, kind in (("tools at once", None), ("tools 50-300 ms", tools)):
+        work = workload(sequences, 4, tools=kind)
+        found = [bench.run_branches(work, 4, branches_first=number % 2 == 0) for number in range(rounds)]
+        rows[f"branches, {name}, {sequences}"] = {
+            "against": "new rollouts",
+            "seconds": {key: [each[key] for each in found] for key in ("branches", "independent")},
+            "ratio": statistics.median(each["independent"] / each["branches"] for each in found),
+            "cached_prefix_share": statistics.median(each["cached"] for each in found),
+            "sampled_token_share": statistics.median(each["token_share"] for each in found),
+        }
+    return rows
+
+
+def main() -> None:
+    """Measure, print the table, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", help="a transformers checkpoint; default: a random policy of 0.1M parameters")
+    parser.add_argument("--sequences", type=int, default=64)
+    parser.add_argument("--many", type=int, default=256, help="sequences where the tail should not count")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    options = parser.parse_args()
+
+    from transformers import AutoTokenizer
+
+    checkpoint = options.checkpoint
+    if checkpoint is None:
+        sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+        from helpers.tiny import save_tiny
+
+        checkpoint = tempfile.mkdtemp()
+        save_tiny(Path(checkpoint), max_length=MAX_LENGTH)
+    torch.set_num_threads(1)  # what VLLMSampler samples with
+    bench = Bench(checkpoint, AutoTokenizer.from_pretrained(checkpoint))
+    for contestant in (bench.run_engine, bench.run_loop, bench.run_lock_step):
+        contestant(workload(16, 2, tools=None))
+
+    load = os.getloadavg()[0]
+    rows = measure(bench, rounds=options.rounds, sequences=options.sequences, many=options.many)
+    print(f"{'':46}{'other, s':>10}{'loop, s':>10}{'ratio':>8}{'cpu':>8}{'idle':>8}")
+    for name, row in rows.items():
+        times = {key: statistics.median(values) for key, values in row["seconds"].items()}
+        loop = times.pop("loop", None) or times.pop("branches")
+        (other,) = times.values()
+        line = f"{name:46}{other:10.2f}{loop:10.2f}{row['ratio']:8.2f}"
+        line += f"{row['cpu_ratio']:8.2f}" if "cpu_ratio" in row else " " * 8
+        print(line + (f"{row['idle_share']:8.1%}" if "idle_share" in row else ""))
+        if "cached_prefix_share" in row:
+            print(f"{'  prefix tokens from the cache':46}{row['cached_prefix_share']:28.1%}")
+            print(f"{'  tokens to sample, of a new rollout':46}{row['sampled_token_share']:28.1%}")
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        figures = {"cores": os.cpu_count(), "load_average": load, "rounds": options.rounds, "rows": rows}
+        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+    bench.engine.close()
+
+
+if __name__ == "__main__":
+    main()
