@@ -111,7 +111,7 @@ def _commands() -> list[Command]:
         shown += [(_name(path), command) for line in lines for command in _IN_COMMENT.findall(line)]
     commands: dict[tuple[str, tuple[str, ...]], Command] = {}
     for source, line in shown:
-        words = shlex.split(line, comments=True)
+        words = [word for word in shlex.split(line, comments=True) if not word.startswith("OMP_NUM_THREADS=")]
         python_path = words.pop(0).partition("=")[2] if words and words[0].startswith("PYTHONPATH=") else ""
         if words:
             commands.setdefault((python_path, tuple(words)), Command(source, python_path, tuple(words)))
