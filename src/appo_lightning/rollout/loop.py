@@ -46,7 +46,8 @@ class RolloutLimits:
             "drop" takes those cut by the budget out of the loss, their rewards still count in their group; "penalty"
             subtracts up to 1 from the reward over the last ``overlong_buffer`` tokens of the budget (DAPO).
         overlong_buffer: tokens over which the penalty grows; only for "penalty".
-        stall_timeout_s: seconds without a sampled token after which an engine with work counts as broken.
+        stall_timeout_s: seconds without a sampled token after which an engine with work counts as broken. One step of
+            TransformersSampler is a whole batch: raise this where a batch takes longer.
         max_restarts: fresh engines per phase for those that broke; what was sampled is kept. On one process only:
             otherwise, and after that, the run stops.
     """
