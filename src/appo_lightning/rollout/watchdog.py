@@ -9,17 +9,24 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 from appo_lightning.errors import EngineFailure
 
 _GRACE_S = 30.0
+# Not the signal of Ctrl-C: a process in the background of a script ignores that one, and a user may send it.
+_SIGNAL = signal.SIGUSR2
+
+
+class _Stalled(BaseException):
+    """Raised in the main thread out of a step that takes too long; no handler of an engine should swallow it."""
 
 
 class Watchdog:
     """Watches the progress of an engine.
 
     Two ways to hang: steps that return and sample nothing (``look``), and a step that does not return (``guard``). The
-    second is interrupted like a key press of Ctrl-C; code that cannot be interrupted, such as a hung kernel, ends the
+    second is interrupted by a signal; code that cannot be interrupted, such as a hung kernel, ends the
     process with one line after a grace of 30 seconds.
 
     Args:
@@ -64,11 +71,17 @@ class Watchdog:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
+        previous = signal.signal(_SIGNAL, self._interrupt)
         threading.Thread(target=self._watch, daemon=True, name="appo-watchdog").start()
         try:
             yield
         finally:
             self._stop.set()
+            signal.signal(_SIGNAL, signal.SIG_DFL if previous is None else previous)
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        if self._entered is not None and self._fired:  # else the step has just returned
+            raise _Stalled
 
     @contextmanager
     def guard(self) -> Iterator[None]:
@@ -80,9 +93,7 @@ class Watchdog:
         self._entered = time.monotonic()
         try:
             yield
-        except KeyboardInterrupt as error:
-            if not self._fired:
-                raise
+        except _Stalled as error:
             raise EngineFailure(self._message()) from error
         finally:
             self._entered, self._fired = None, False
@@ -97,7 +108,7 @@ class Watchdog:
                 continue
             if not self._fired:
                 self._fired = True
-                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+                signal.pthread_kill(threading.main_thread().ident or 0, _SIGNAL)
             elif time.monotonic() - entered > self._limit_s + _GRACE_S:
                 print(f"error: {self._message()} and cannot be interrupted", file=sys.stderr, flush=True)
                 os._exit(1)

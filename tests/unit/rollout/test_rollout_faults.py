@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from typing import Any
 
@@ -136,6 +137,15 @@ def test_a_stalled_engine_is_replaced(sleeps):
     sampler = Stalling(sleeps=sleeps)
     with pytest.warns(UserWarning, match="sampled no token.*takes over"):
         assert roll(sampler, sampler.restart, stall_timeout_s=0.3) == roll(ScriptedSampler(script))
+
+
+def test_a_stalled_engine_is_replaced_where_ctrl_c_is_ignored():
+    """As in a process that a script started in the background."""
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        test_a_stalled_engine_is_replaced(sleeps=True)
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def test_a_slow_engine_that_samples_is_no_stall():
