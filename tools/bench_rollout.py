@@ -105,6 +105,7 @@ class FixedTurns(Sampler):
         self.result_ids, _ = ResultEncoder(tokenizer, [self.tool.name]).encode(RESULT, 1024)
         self.rows: list[int] = []  # row of the workload, by request id
         self._wanted: dict[int, tuple[int, int, int, int]] = {}
+        self._calls: dict[tuple[int, int], list[int]] = {}
         self.reset()
 
     def reset(self) -> None:
@@ -132,7 +133,9 @@ class FixedTurns(Sampler):
         """The call that ends a turn; none after the last."""
         if turn == len(self.tool.workload.turns[row]) - 1:
             return []
-        return self.tokenizer.encode(f"<wait>{row} {turn}</wait>", add_special_tokens=False)
+        if (row, turn) not in self._calls:
+            self._calls[row, turn] = self.tokenizer.encode(f"<wait>{row} {turn}</wait>", add_special_tokens=False)
+        return self._calls[row, turn]
 
     def submit(self, request: SampleRequest) -> None:
         """Queue the rest of the turn."""
@@ -163,6 +166,16 @@ class FixedTurns(Sampler):
         return replace(completion, token_ids=ids, finish="stop" if call else "eos")
 
     @property
+    def num_slots(self) -> int:
+        """Of the engine."""
+        return self.inner.num_slots
+
+    @property
+    def cache_tokens(self) -> int | None:
+        """Of the engine."""
+        return self.inner.cache_tokens
+
+    @property
     def num_unfinished(self) -> int:
         """Of the engine."""
         return self.inner.num_unfinished
@@ -184,10 +197,10 @@ class FixedTurns(Sampler):
 
 
 class Bench:
-    """The contestants, around one engine."""
+    """The contestants, around one engine with ``slots`` sequences side by side."""
 
-    def __init__(self, checkpoint: str, tokenizer: Any) -> None:
-        self.engine = VLLMSampler(max_num_seqs=256)
+    def __init__(self, checkpoint: str, tokenizer: Any, slots: int) -> None:
+        self.engine = VLLMSampler(max_num_seqs=slots)
         self.engine.start(checkpoint, tokenizer, max_length=MAX_LENGTH)
         self.engine._eos_token_ids = frozenset()  # a turn ends when the workload says so
         self.sampler = FixedTurns(self.engine, tokenizer)
@@ -359,30 +372,26 @@ def measure(bench: Bench, *, rounds: int, sequences: int, many: int) -> dict[str
         return taken
 
     rows: dict[str, Any] = {}
-    engine_rows = {
-        f"one turn, {many} sequences": workload(many, 1, tools=None),
-        f"one turn, {sequences} sequences": workload(sequences, 1, tools=None),
-        f"4 turns, tools at once, {sequences} sequences": workload(sequences, 4, tools=None),
-        f"4 turns, tools 50-300 ms, {many} sequences": workload(many, 4, tools=tools),
-    }
-    for name, work in engine_rows.items():
+
+    def compare_with(against: str, contestant: Callable[[Workload], float], name: str, work: Workload) -> None:
         idle.clear()
-        row = compare(rounds, work, engine=bench.run_engine, loop=loop)
-        row["ratio"] = ratio(row["seconds"]["engine"], row["seconds"]["loop"])
-        row["cpu_ratio"] = ratio(row["cpu_seconds"]["engine"], row["cpu_seconds"]["loop"])
-        rows[name] = {**row, "against": "bare engine", "idle_share": statistics.median(idle)}
-    lock_rows = {
-        f"4 turns, tools 50-300 ms, {sequences} sequences": workload(sequences, 4, tools=tools),
-        f"1-7 turns, tools 50-300 ms, {sequences} sequences": workload(sequences, 4, tools=tools, vary=True),
-        f"1-7 turns, one in 50 3 s, {sequences} sequences": workload(
-            sequences, 4, tools=tools, slow_every=50, vary=True
-        ),
-    }
-    for name, work in lock_rows.items():
-        idle.clear()
-        row = compare(rounds, work, lock_step=bench.run_lock_step, loop=loop)
-        row["ratio"] = ratio(row["seconds"]["lock_step"], row["seconds"]["loop"])
-        rows[name] = {**row, "against": "lock step", "idle_share": statistics.median(idle)}
+        row = compare(rounds, work, other=contestant, loop=loop)
+        row["ratio"] = ratio(row["seconds"]["other"], row["seconds"]["loop"])
+        row["cpu_ratio"] = ratio(row["cpu_seconds"]["other"], row["cpu_seconds"]["loop"])
+        rows[f"{name}, {len(work.turns)}"] = {**row, "against": against, "idle_share": statistics.median(idle)}
+
+    for count in (sequences, many):
+        compare_with("bare engine", bench.run_engine, "one turn", workload(count, 1, tools=None))
+    compare_with("bare engine", bench.run_engine, "4 turns, tools at once", workload(sequences, 4, tools=None))
+    compare_with("bare engine", bench.run_engine, "4 turns, tools 50-300 ms", workload(many, 4, tools=tools))
+    for count in (sequences, many):
+        lock_rows = {
+            "4 turns each, 50-300 ms": workload(count, 4, tools=tools),
+            "1-7 turns, 50-300 ms": workload(count, 4, tools=tools, vary=True),
+            "1-7 turns, one in 50 3 s": workload(count, 4, tools=tools, slow_every=50, vary=True),
+        }
+        for name, work in lock_rows.items():
+            compare_with("lock step", bench.run_lock_step, name, work)
     for name, kind in (("tools at once", None), ("tools 50-300 ms", tools)):
         work = workload(sequences, 4, tools=kind)
         found = [bench.run_branches(work, 4, branches_first=number % 2 == 0) for number in range(rounds)]
@@ -402,6 +411,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", help="a transformers checkpoint; default: a random policy of 0.1M parameters")
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--many", type=int, default=256, help="sequences where the tail should not count")
+    parser.add_argument("--slots", type=int, default=64, help="sequences that the engine generates side by side")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args()
@@ -416,26 +426,33 @@ def main() -> None:
         checkpoint = tempfile.mkdtemp()
         save_tiny(Path(checkpoint), max_length=MAX_LENGTH)
     torch.set_num_threads(1)  # what VLLMSampler samples with
-    bench = Bench(checkpoint, AutoTokenizer.from_pretrained(checkpoint))
+    bench = Bench(checkpoint, AutoTokenizer.from_pretrained(checkpoint), options.slots)
     for contestant in (bench.run_engine, bench.run_loop, bench.run_lock_step):
         contestant(workload(16, 2, tools=None))
 
     load = os.getloadavg()[0]
     rows = measure(bench, rounds=options.rounds, sequences=options.sequences, many=options.many)
-    print(f"{'':46}{'other, s':>10}{'loop, s':>10}{'ratio':>8}{'cpu':>8}{'idle':>8}")
+    print(f"{'':32}{'against':14}{'other, s':>9}{'loop, s':>9}{'ratio':>7}{'cpu':>7}{'idle':>7}")
     for name, row in rows.items():
         times = {key: statistics.median(values) for key, values in row["seconds"].items()}
         loop = times.pop("loop", None) or times.pop("branches")
         (other,) = times.values()
-        line = f"{name:46}{other:10.2f}{loop:10.2f}{row['ratio']:8.2f}"
-        line += f"{row['cpu_ratio']:8.2f}" if "cpu_ratio" in row else " " * 8
-        print(line + (f"{row['idle_share']:8.1%}" if "idle_share" in row else ""))
+        line = f"{name:32}{row['against']:14}{other:9.2f}{loop:9.2f}{row['ratio']:7.2f}"
+        # A loop that waits for tools burns no CPU time: only the bare engine does the same work.
+        line += f"{row['cpu_ratio']:7.2f}" if row["against"] == "bare engine" else " " * 7
+        print(line + (f"{row['idle_share']:7.1%}" if "idle_share" in row else ""))
         if "cached_prefix_share" in row:
-            print(f"{'  prefix tokens from the cache':46}{row['cached_prefix_share']:28.1%}")
-            print(f"{'  tokens to sample, of a new rollout':46}{row['sampled_token_share']:28.1%}")
+            print(f"{'  prefix tokens from the cache':46}{row['cached_prefix_share']:25.1%}")
+            print(f"{'  tokens to sample, of a new rollout':46}{row['sampled_token_share']:25.1%}")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        figures = {"cores": os.cpu_count(), "load_average": load, "rounds": options.rounds, "rows": rows}
+        figures = {
+            "cores": os.cpu_count(),
+            "load_average": load,
+            "rounds": options.rounds,
+            "slots": options.slots,
+            "rows": rows,
+        }
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
     bench.engine.close()
 

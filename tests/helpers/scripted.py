@@ -69,6 +69,7 @@ class ScriptedSampler(Sampler):
         steps: of a request until its answer is complete; ties finish in the order of ``submit``.
         fail_at_step: the step, counted from 1, that raises.
         step_s: wall clock of one step.
+        slots: requests that it takes side by side; None: any number.
     """
 
     def __init__(
@@ -78,7 +79,9 @@ class ScriptedSampler(Sampler):
         steps: Callable[[SampleRequest], int] = lambda request: 1,
         fail_at_step: int | None = None,
         step_s: float = 0.0,
+        slots: int | None = None,
     ) -> None:
+        self._slots = slots
         self._script, self._steps, self._fail_at_step, self._step_s = script, steps, fail_at_step, step_s
         self._tokenizer = scripted_tokenizer()
         self._due: dict[int, tuple[int, SampleRequest]] = {}
@@ -97,6 +100,7 @@ class ScriptedSampler(Sampler):
         assert request.max_tokens >= 1
         assert request.token_ids
         assert request.id not in self._due
+        assert self._slots is None or len(self._due) < self._slots
         self.requests.append(request)
         self._due[request.id] = (self._step + self._steps(request), request)
 
@@ -114,6 +118,10 @@ class ScriptedSampler(Sampler):
 
     def abort(self, ids: Sequence[int]) -> None:
         self.aborted += [i for i in ids if self._due.pop(i, None) is not None]
+
+    @property
+    def num_slots(self) -> int | None:
+        return self._slots
 
     @property
     def num_unfinished(self) -> int:

@@ -18,6 +18,7 @@ from appo_lightning.errors import AppoError, ConfigurationError, EngineFailure
 from appo_lightning.rollout.parsing import ResultEncoder, parse_call, stop_strings
 from appo_lightning.rollout.seeds import derive_seed
 from appo_lightning.rollout.sessions import EpisodeSession, calls_to_replay
+from appo_lightning.rollout.slots import SlotQueue
 from appo_lightning.rollout.toolpool import ToolOutcome, ToolPool
 from appo_lightning.rollout.watchdog import Watchdog
 from appo_lightning.samplers.base import MIN_TEMPERATURE, Completion, Sampler, SampleRequest
@@ -160,7 +161,7 @@ class RolloutLoop:
         """Finish every prefix.
 
         Args:
-            prefixes: any number; the sampler queues what does not fit.
+            prefixes: any number; those that the sampler has no slot for wait.
             policy_version: recorded in the trajectories.
             progress: called with (finished, total).
 
@@ -175,6 +176,7 @@ class RolloutLoop:
         started = time.monotonic()
         episodes = [_Episode(prefix, index) for index, prefix in enumerate(prefixes)]
         pool: ToolPool[_Episode] = ToolPool(self._limits.tool_workers)
+        waiting = SlotQueue(self._sampler.num_slots, self._sampler.cache_tokens)
         generating: dict[int, _Episode] = {}
         finished = restarts = 0
         self._broken: EngineFailure | None = None
@@ -182,9 +184,10 @@ class RolloutLoop:
 
         def advance(episode: _Episode) -> None:
             nonlocal finished
-            self._advance(episode, pool, generating)
+            self._advance(episode, pool, waiting)
             if episode.stop_reason is not None:
                 episode.close()
+                waiting.finish(episode.index)
                 finished += 1
                 if progress is not None:
                     progress(finished, len(episodes))
@@ -193,12 +196,15 @@ class RolloutLoop:
             with watchdog.watching():
                 for episode in episodes:
                     advance(episode)
-                while generating or len(pool):
+                while generating or len(waiting) or len(pool):
                     if not generating:
                         watchdog.rest()
-                    for outcome in self._tool_outcomes(pool, wait=not generating):
+                    for outcome in self._tool_outcomes(pool, wait=not (generating or len(waiting))):
                         self._absorb_result(outcome)
                         advance(outcome.key)
+                    while (index := waiting.pop(len(generating))) is not None:
+                        generating[index] = episodes[index]
+                        self._submit(episodes[index])
                     try:
                         completions = self._step(watchdog) if generating else []
                     except EngineFailure as failure:
@@ -269,7 +275,7 @@ class RolloutLoop:
 
     # --- one episode ---------------------------------------------------------------------------------------------
 
-    def _advance(self, episode: _Episode, pool: ToolPool[_Episode], generating: dict[int, _Episode]) -> None:
+    def _advance(self, episode: _Episode, pool: ToolPool[_Episode], waiting: SlotQueue) -> None:
         """Take the next step of an episode: call a tool, sample on, or finish."""
         while episode.stop_reason is None:
             if episode.finish == "eos":
@@ -282,8 +288,7 @@ class RolloutLoop:
             call = parse_call(turn, self._tools)
             if call is None:
                 episode.request = self._request(episode, turn)
-                generating[episode.index] = episode
-                self._submit(episode)
+                waiting.push(episode.index, turn=episode.turn, tokens=len(episode.request.token_ids))
                 return
             if len(episode.tool_calls) >= self._limits.max_tool_calls:
                 if any(previous.error == "limit" for previous in episode.tool_calls):

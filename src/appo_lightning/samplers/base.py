@@ -60,6 +60,16 @@ class Sampler(ABC):
 
     provides_logprobs: bool = True  # False: ``Completion.logprobs`` holds zeros; evaluation only
 
+    @property
+    def num_slots(self) -> int | None:
+        """Requests generated side by side, at least 1; None: as many as there are."""
+        return None
+
+    @property
+    def cache_tokens(self) -> int | None:
+        """Tokens that the prefix cache holds; None: no bound that matters, or no such cache."""
+        return None
+
     @abstractmethod
     def start(self, checkpoint: str, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> None:
         """Load the policy of a transformers checkpoint directory.

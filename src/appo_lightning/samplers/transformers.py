@@ -109,6 +109,10 @@ class TransformersSampler(Sampler):
             self._waiting.pop(i, None)
 
     @property
+    def num_slots(self) -> int:
+        return self.max_batch_size
+
+    @property
     def num_unfinished(self) -> int:
         return len(self._waiting)
 

@@ -205,6 +205,17 @@ class VLLMSampler(Sampler):
             self._running().abort_request([str(i) for i in known])
 
     @property
+    def num_slots(self) -> int:
+        return self.max_num_seqs
+
+    @property
+    def cache_tokens(self) -> int | None:
+        if self._engine is None:
+            return None
+        cache = self._engine.vllm_config.cache_config
+        return (cache.num_gpu_blocks or 0) * cache.block_size
+
+    @property
     def num_unfinished(self) -> int:
         return len(self._unfinished)
 
