@@ -1,4 +1,4 @@
-"""Measure the tool loop: against the bare engine, against a lock-step loop, and branches against new rollouts.
+"""Measure the tool loop: against the bare engine, a lock-step loop, and rollouts without branches.
 
     python tools/bench_rollout.py --json runs/bench_rollout.json
 
@@ -32,7 +32,7 @@ from appo_lightning.rollout.parsing import ResultEncoder
 from appo_lightning.samplers.base import Completion, Sampler, SampleRequest, generate
 from appo_lightning.samplers.vllm import VLLMSampler
 from appo_lightning.tools.base import StatelessTool
-from appo_lightning.types import Task
+from appo_lightning.types import Task, Trajectory
 
 PROMPT_TOKENS = 40
 MAX_LENGTH = 1024
@@ -286,42 +286,62 @@ class Bench:
                     contexts[row] += self.sampler.result_ids
                 turn += 1
 
-    def run_branches(self, work: Workload, roots_per_prompt: int, *, branches_first: bool) -> dict[str, float]:
-        """Roots, then as many branches and as many further rollouts, in either order."""
-        self.forget()
-        count = len(work.turns)
-        tasks = [task for task in self.tasks(count // roots_per_prompt) for _ in range(roots_per_prompt)]
-        self.sampler.set_workload(work)
-        roots = self.loop.run([Prefix(task, seed) for seed, task in enumerate(tasks)], policy_version=0)
-        draw = random.Random(1)
-        branches = []
-        for row, (task, root) in enumerate(zip(tasks, roots, strict=True)):
-            # As the tree does: after a sampled token, with something left to say; not inside the call.
-            possible = [t for t, sampled in enumerate(root.sampled) if sampled and self._may_branch(row, t + 1)]
-            length = draw.choice(possible) + 1
-            calls = [call for call in root.tool_calls if call.output_stop <= length]
-            branches.append(Prefix(task, 1000 + row, root.response_ids[:length], calls))
-        found: dict[str, float] = {}
+    def run_branches(
+        self, work: Workload, *, roots: int, branches_per_root: int, branches_first: bool
+    ) -> dict[str, float]:
+        """Seconds of roots, of their branches, of as many further rollouts, and of all as new rollouts in one call.
 
-        def sample_branches() -> None:
-            self.sampler.set_workload(work)
+        Args:
+            work: a row for each root; its branches and the new rollouts repeat it.
+            roots: of a prompt.
+            branches_per_root: sampled in one call.
+            branches_first: or the others first.
+        """
+        found: dict[str, float] = {}
+        rows = list(range(len(work.turns)))
+        tasks = [task for task in self.tasks(len(rows) // roots) for _ in range(roots)]
+
+        def sample(name: str, prefixes: list[Prefix], rows: list[int]) -> list[Trajectory]:
+            self.sampler.set_workload(work, rows)
             began = time.perf_counter()
-            self.loop.run(branches, policy_version=0)
-            found["branches"] = time.perf_counter() - began
+            sampled = self.loop.run(prefixes, policy_version=0)
+            found[name] = time.perf_counter() - began
+            return sampled
+
+        def new(seed: int, rows: list[int]) -> list[Prefix]:
+            return [Prefix(tasks[row], seed + number) for number, row in enumerate(rows)]
+
+        def sample_all_new() -> None:
+            self.forget()
+            all_rows = sorted(rows * (1 + branches_per_root))  # rollouts of a prompt side by side
+            sample("grpo", new(2000, all_rows), all_rows)
+
+        def sample_tree() -> None:
+            self.forget()
+            sampled = sample("roots", new(0, rows), rows)
+            branch_rows = sorted(rows * branches_per_root)
+            draw = random.Random(1)
+            prefixes = [self._branch(tasks[row], row, sampled[row], draw) for row in branch_rows]
+            sample("branches", prefixes, branch_rows)
             first = self.sampler.first_cached.values()
             found["cached"] = sum(cached for cached, _ in first) / sum(total for _, total in first)
+            kept = sum(
+                sum(sampled[row].sampled[: len(prefix.response_ids)])
+                for row, prefix in zip(branch_rows, prefixes, strict=True)
+            )
+            found["token_share"] = 1 - kept / (branches_per_root * work.tokens)
+            sample("independent", new(1000, branch_rows), branch_rows)
 
-        def sample_independent() -> None:
-            self.sampler.set_workload(work)
-            began = time.perf_counter()
-            self.loop.run([Prefix(task, 2000 + row) for row, task in enumerate(tasks)], policy_version=0)
-            found["independent"] = time.perf_counter() - began
-
-        for action in (sample_branches, sample_independent)[:: 1 if branches_first else -1]:
+        for action in (sample_tree, sample_all_new)[:: 1 if branches_first else -1]:
             action()
-        kept = sum(sum(root.sampled[: len(prefix.response_ids)]) for root, prefix in zip(roots, branches, strict=True))
-        found["token_share"] = 1 - kept / work.tokens
         return found
+
+    def _branch(self, task: Task, row: int, root: Trajectory, draw: random.Random) -> Prefix:
+        # As the tree does: after a sampled token, with something left to say; not inside the call.
+        possible = [t for t, sampled in enumerate(root.sampled) if sampled and self._may_branch(row, t + 1)]
+        length = draw.choice(possible) + 1
+        calls = [call for call in root.tool_calls if call.output_stop <= length]
+        return Prefix(task, draw.randrange(1 << 30), root.response_ids[:length], calls)
 
     def _may_branch(self, row: int, length: int) -> bool:
         work = self.tool_workload
@@ -392,16 +412,28 @@ def measure(bench: Bench, *, rounds: int, sequences: int, many: int) -> dict[str
         }
         for name, work in lock_rows.items():
             compare_with("lock step", bench.run_lock_step, name, work)
-    for name, kind in (("tools at once", None), ("tools 50-300 ms", tools)):
-        work = workload(sequences, 4, tools=kind)
-        found = [bench.run_branches(work, 4, branches_first=number % 2 == 0) for number in range(rounds)]
-        rows[f"branches, {name}, {sequences}"] = {
-            "against": "new rollouts",
-            "seconds": {key: [each[key] for each in found] for key in ("branches", "independent")},
-            "ratio": statistics.median(each["independent"] / each["branches"] for each in found),
-            "cached_prefix_share": statistics.median(each["cached"] for each in found),
-            "sampled_token_share": statistics.median(each["token_share"] for each in found),
-        }
+    for name, kind in (("tools at once", None), ("50-300 ms", tools)):
+        for roots, each in ((8, 1), (4, 3)):
+            work = workload(sequences, 4, tools=kind)
+            found = [
+                bench.run_branches(work, roots=roots, branches_per_root=each, branches_first=number % 2 == 0)
+                for number in range(rounds)
+            ]
+            rows[f"{each} branches of {sequences}, {name}"] = {
+                "against": "new rollouts",
+                "seconds": {"other": [one["independent"] for one in found], "loop": [one["branches"] for one in found]},
+                "ratio": statistics.median(one["independent"] / one["branches"] for one in found),
+                "cached_prefix_share": statistics.median(one["cached"] for one in found),
+                "sampled_token_share": statistics.median(one["token_share"] for one in found),
+            }
+            rows[f"{roots} + {roots * each} a prompt, {name}"] = {
+                "against": "GRPO",
+                "seconds": {
+                    "other": [one["grpo"] for one in found],
+                    "loop": [one["roots"] + one["branches"] for one in found],
+                },
+                "ratio": statistics.median(one["grpo"] / (one["roots"] + one["branches"]) for one in found),
+            }
     return rows
 
 
@@ -434,9 +466,7 @@ def main() -> None:
     rows = measure(bench, rounds=options.rounds, sequences=options.sequences, many=options.many)
     print(f"{'':32}{'against':14}{'other, s':>9}{'loop, s':>9}{'ratio':>7}{'cpu':>7}{'idle':>7}")
     for name, row in rows.items():
-        times = {key: statistics.median(values) for key, values in row["seconds"].items()}
-        loop = times.pop("loop", None) or times.pop("branches")
-        (other,) = times.values()
+        other, loop = (statistics.median(row["seconds"][key]) for key in ("other", "loop"))
         line = f"{name:32}{row['against']:14}{other:9.2f}{loop:9.2f}{row['ratio']:7.2f}"
         # A loop that waits for tools burns no CPU time: only the bare engine does the same work.
         line += f"{row['cpu_ratio']:7.2f}" if row["against"] == "bare engine" else " " * 7

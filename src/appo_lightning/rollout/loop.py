@@ -284,7 +284,8 @@ class RolloutLoop:
             if self._room(episode) < 1:
                 episode.stop_reason = "length"
                 return
-            turn = str(self._tokenizer.decode(episode.response_ids[episode.turn_start :]))
+            said = episode.response_ids[episode.turn_start :]
+            turn = str(self._tokenizer.decode(said)) if said else ""
             call = parse_call(turn, self._tools)
             if call is None:
                 episode.request = self._request(episode, turn)

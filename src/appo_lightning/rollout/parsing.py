@@ -90,12 +90,13 @@ class ResultEncoder:
             text: what the tool answered.
             max_tokens: longest result without the tags; longer ones are cut.
         """
-        body = self._encode_body(text[: _MAX_CHARS_PER_TOKEN * max_tokens])
+        body, shown = self._encode_body(text[: _MAX_CHARS_PER_TOKEN * max_tokens])
         if len(body) > max_tokens:
             body = self._cut(body, max_tokens)
-        return [*self._open, *body, *self._close], str(self._tokenizer.decode(body))
+            shown = str(self._tokenizer.decode(body))
+        return [*self._open, *body, *self._close], shown
 
-    def _encode_body(self, text: str) -> list[int]:
+    def _encode_body(self, text: str) -> tuple[list[int], str]:
         text = text.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair cannot be tokenised
         # A tokenizer that normalises text may still fold something into a control token, or its neighbours into a tag.
         for _ in range(8):
@@ -103,8 +104,8 @@ class ResultEncoder:
             ids = [token for token in ids if token not in self._control_ids]
             text = str(self._tokenizer.decode(ids))
             if not self._control_text.search(text):
-                return ids
-        return []
+                return ids, text
+        return [], ""
 
     def _cut(self, ids: list[int], length: int) -> list[int]:
         """The first tokens, without the beginning of a character (at most three bytes) that the cut left behind."""
