@@ -283,7 +283,7 @@ class RolloutSource:
         if stored is not None:
             assert stored["index"] == index
             phase = Phase.from_state_dict(stored, tasks, self._refill(phase_in_epoch))
-            found, wanted = len(phase.roots[0]), self._data.branching.num_roots
+            found, wanted = len(phase.roots[0]) + phase.unscored[0], self._data.branching.num_roots
             if found != wanted:
                 raise ConfigurationError(
                     f"the checkpoint lies inside a rollout phase of {found} roots per prompt, this run has "

@@ -24,7 +24,7 @@ from appo_lightning.batching import (
     padding_of,
     split_by_tokens,
 )
-from appo_lightning.errors import ConfigurationError, NonFiniteLossError
+from appo_lightning.errors import ConfigurationError, DataError, NonFiniteLossError
 from appo_lightning.metrics import MetricSums, log_metrics
 from appo_lightning.policy.causal_lm import TokenScores
 from appo_lightning.policy.options import OptimizerOptions, PolicyOptions
@@ -325,7 +325,10 @@ class AppoModule(PolicyModule):
         return batch
 
     def _collect(self, batch: EvaluationBatch, stage: str) -> None:
-        for trajectory in batch.trajectories:
+        scored = [trajectory for trajectory in batch.trajectories if trajectory.reward is not None]
+        unscored = len(batch.trajectories) - len(scored)
+        self._validation.add_sum(f"{stage}/unscored_share", unscored, len(batch.trajectories))
+        for trajectory in scored:
             assert trajectory.reward is not None
             assert trajectory.success is not None
             self._validation.add(f"{stage}/success", float(trajectory.success))
@@ -346,6 +349,8 @@ class AppoModule(PolicyModule):
     def _finish_evaluation(self, stage: str) -> None:
         sums, self._validation = self._validation.gathered(), MetricSums()
         means = sums.means()
+        if f"{stage}/unscored_share" in means and f"{stage}/success" not in means:
+            raise DataError("none of the validation rollouts could be scored: the reward gave no value for any of them")
         means[f"{stage}/tasks"] = sums.count(f"{stage}/success")
         if self.trainer.state.fn == TrainerFn.FITTING:
             # Lightning counts a batch only after its validation; every other metric is written at the step it follows.

@@ -101,3 +101,4 @@ class RolloutTree:
     task: Task
     roots: list[Trajectory]
     branches: list[Branch] = field(default_factory=list)
+    unscored: int = 0  # rollouts that the reward could not score, and that are left out here

@@ -19,9 +19,11 @@ from appo_lightning.errors import ConfigurationError, NonFiniteLossError
 from appo_lightning.module import AppoModule, LossOptions
 from appo_lightning.policy.options import OptimizerOptions
 from appo_lightning.policy.snapshot import PolicySnapshot
+from appo_lightning.rewards.base import Score
 from appo_lightning.rollout.tree import BranchingOptions
+from appo_lightning.types import Task
 from helpers.tiny import perturb
-from helpers.training import RecordingLogger, Run, make_checkpoint
+from helpers.training import LetterReward, RecordingLogger, Run, make_checkpoint
 
 KL = {"k1": lambda d: d, "k2": lambda d: d**2 / 2, "k3": lambda d: torch.exp(-d) - 1 + d}
 
@@ -321,3 +323,32 @@ def test_a_trainer_that_would_train_wrongly_is_refused(checkpoint, strategy, pre
     module._trainer = SimpleNamespace(strategy=strategy, precision=precision)  # type: ignore[assignment]
     with pytest.raises(ConfigurationError, match=message):
         module.setup("fit")
+
+
+class HalfSilent(LetterReward):
+    """Gives no value to responses of an odd number of letters."""
+
+    def score(self, task: Task, response_text: str) -> Score:
+        if response_text.count("e") % 2:
+            return Score(None, success=False)
+        return super().score(task, response_text)
+
+
+def test_rollouts_without_a_value_are_neither_trained_on_nor_counted(checkpoint) -> None:
+    run = Run(checkpoint, max_steps=3, train_branches=True)
+    catcher, module, data = GradientCatcher(), run.module(), run.data()
+    data.reward = HalfSilent()
+    trainer = run.make_trainer([catcher], limit_val_batches=1.0, val_check_interval=1)
+    trainer.fit(module, datamodule=data)
+    data.close()
+    logger = trainer.logger
+    assert isinstance(logger, RecordingLogger)
+    for number, batch in enumerate(catcher.batches, start=1):
+        left_out = sum(tree.unscored for tree in batch.trees)
+        kept = sum(len(tree.roots) + len(tree.branches) for tree in batch.trees)
+        assert len(batch.rewards) == kept
+        assert all(tree.unscored or len(tree.roots) == 2 for tree in batch.trees)
+        logged = logger.steps[number]
+        assert logged["rollout/unscored_share"] == pytest.approx(left_out / (left_out + kept))
+        assert logged["val/tasks"] == pytest.approx(5 * (1 - logged["val/unscored_share"]))
+    assert any(step["rollout/unscored_share"] > 0 for step in logger.steps.values())

@@ -182,7 +182,7 @@ def share_branches(rewards: Sequence[Sequence[float]], total: int) -> list[int]:
     Returns:
         Branches per prompt.
     """
-    spread = [float(torch.tensor(group, dtype=torch.float64).std(correction=0)) for group in rewards]
+    spread = [float(torch.tensor(group, dtype=torch.float64).std(correction=0)) if group else 0.0 for group in rewards]
     if sum(spread) == 0:
         spread = [1.0] * len(rewards)
     quotas = [total * value / sum(spread) for value in spread]

@@ -47,6 +47,9 @@ class RolloutStatistics(L.Callback):
     ) -> None:
         roots = [root for tree in batch.trees for root in tree.roots]
         metrics = MetricSums()
+        unscored = sum(tree.unscored for tree in batch.trees)
+        sampled = unscored + sum(len(tree.roots) + len(tree.branches) for tree in batch.trees)
+        metrics.add_sum("rollout/unscored_share", unscored, sampled)
         metrics.add("rollout/reward", [r.reward for r in roots if r.reward is not None], histogram=True)
         metrics.add("rollout/success", [float(r.success or 0) for r in roots])
         for root in roots:

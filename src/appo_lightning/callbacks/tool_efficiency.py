@@ -81,5 +81,5 @@ def add_tool_metrics(
     successes = sum(bool(trajectory.success) for trajectory in trajectories)
     metrics.add_sum(f"{prefix}/calls_per_success", len(calls), successes)
     for outcome, name in ((True, "successes"), (False, "failures")):
-        group = [len(t.tool_calls) for t in trajectories if bool(t.success) is outcome]
+        group = [len(t.tool_calls) for t in trajectories if t.success is outcome]
         metrics.add(f"{prefix}/calls_in_{name}", group)

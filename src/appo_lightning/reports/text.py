@@ -44,7 +44,7 @@ def most_telling(trees: Sequence[RolloutTree]) -> RolloutTree:
 
     def interest(tree: RolloutTree) -> tuple[float, int]:
         rollouts = [*tree.roots, *(branch.trajectory for branch in tree.branches)]
-        disagreeing = max(_interest(tree, n)[0] for n in range(len(tree.roots)))
+        disagreeing = max((_interest(tree, n)[0] for n in range(len(tree.roots))), default=0.0)
         return disagreeing, sum(len(rollout.tool_calls) for rollout in rollouts)
 
     return max(trees, key=interest)

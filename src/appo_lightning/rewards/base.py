@@ -14,13 +14,16 @@ if TYPE_CHECKING:
 class Score:
     """What a response earned."""
 
-    value: float  # the reward that trains
-    success: bool  # the answer is right, whatever the bonus
+    value: float | None  # the reward that trains; None: could not be scored, because a judge did not answer, say
+    success: bool  # the answer is right, whatever the bonus; of no meaning without a value
     parts: dict[str, float] = field(default_factory=dict)  # named ingredients, logged one by one
 
 
 class Reward(ABC):
-    """Scores a finished response; must be deterministic and must not raise on any text."""
+    """Scores a finished response; must be deterministic and must not raise on any text.
+
+    A rollout without a value leaves its group, which is then the smaller: it is never taken for a failure.
+    """
 
     @abstractmethod
     def score(self, task: Task, response_text: str) -> Score:

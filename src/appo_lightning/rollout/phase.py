@@ -83,6 +83,7 @@ class Phase:
     old: list[list[TraceScores]]  # per task, per root
     gap: LogprobGap
     refills: list[int] = field(default_factory=list)  # prompts replaced, by round
+    unscored: list[int] = field(default_factory=list)  # per task, roots that could not be scored and are left out
 
     def state_dict(self) -> dict[str, Any]:
         """Plain containers and tensors: what ``weights_only`` loading accepts."""
@@ -94,6 +95,7 @@ class Phase:
             "old": [[(s.logprobs, s.entropies) for s in group] for group in self.old],
             "gap": (self.gap.mean, self.gap.rms, self.gap.maximum),
             "refills": self.refills,
+            "unscored": self.unscored,
         }
 
     @classmethod
@@ -124,6 +126,7 @@ class Phase:
             policy_version=state["policy_version"],
             tasks=[known[task_id] for task_id in task_ids],
             refills=refills,
+            unscored=list(state["unscored"]),
             roots=[[trajectory_from_dict(root) for root in group] for group in state["roots"]],
             old=[[TraceScores(*scores) for scores in group] for group in state["old"]],
             gap=LogprobGap(*state["gap"]),
@@ -169,7 +172,7 @@ class PhaseRunner:
         tasks, roots = list(tasks), self._sample_roots(index, tasks)
         refills: list[int] = []
         while refill is not None and len(refills) < self.options.max_refills:
-            equal = [i for i, group in enumerate(roots) if len(set(rewards_of(group))) == 1]
+            equal = [i for i, group in enumerate(roots) if len(set(rewards_of(group))) <= 1]
             others = refill(len(refills), len(equal)) if equal else []
             if not others:
                 break
@@ -178,9 +181,10 @@ class PhaseRunner:
                 tasks[i], roots[i] = task, group
         flat = [root for group in roots for root in group]
         scores = self._score(flat)
-        count = self.options.num_roots
-        old = [scores[i * count : (i + 1) * count] for i in range(len(tasks))]
-        return Phase(index, self.policy.version, tasks, roots, old, _logprob_gap(flat, scores), refills)
+        remaining = iter(scores)
+        old = [[next(remaining) for _ in group] for group in roots]
+        unscored = [self.options.num_roots - len(group) for group in roots]
+        return Phase(index, self.policy.version, tasks, roots, old, _logprob_gap(flat, scores), refills, unscored)
 
     def _sample_roots(self, index: int, tasks: list[Task]) -> list[list[Trajectory]]:
         count = self.options.num_roots
@@ -193,7 +197,7 @@ class PhaseRunner:
         roots = [flat[i * count : (i + 1) * count] for i in range(len(tasks))]
         for task, group in zip(tasks, roots, strict=True):
             self._reward(task, group)
-        return roots
+        return [[root for root in group if root.reward is not None] for group in roots]
 
     def mini_batch(self, phase: Phase, rows: range, *, visit: int) -> ProcedureBatch:
         """Branch some prompts of a phase with the current policy.
@@ -203,8 +207,13 @@ class PhaseRunner:
             rows: tasks of the mini-batch.
             visit: mini-batches of this phase before this one: names the seeds.
         """
-        trees = [RolloutTree(phase.tasks[i], phase.roots[i]) for i in rows]
+        trees = [RolloutTree(phase.tasks[i], phase.roots[i], unscored=phase.unscored[i]) for i in rows]
         roots = [root for tree in trees for root in tree.roots]
+        if not roots:
+            raise DataError(
+                f"none of the {self.options.num_roots * len(trees)} rollouts of a mini-batch could be scored: "
+                f"{type(self.reward).__name__} gave no value; see that what it needs answers, then resume"
+            )
         old = [scores for i in rows for scores in phase.old[i]]
         moved = self.policy.version != phase.policy_version
         branching = self.options.num_branches > 0
@@ -252,6 +261,8 @@ class PhaseRunner:
         for tree, chosen, group in zip(trees, points, prefixes, strict=True):
             attach_branches(tree, chosen, group, [next(flat) for _ in group])
             self._reward(tree.task, [branch.trajectory for branch in tree.branches])
+            tree.branches = [branch for branch in tree.branches if branch.trajectory.reward is not None]
+            tree.unscored += len(group) - len(tree.branches)
 
     def _sync(self) -> None:
         started = time.monotonic()

@@ -292,7 +292,8 @@ def overlong_penalty(num_tokens: int, *, max_tokens: int, buffer: int) -> float:
 def penalise_overlong(trajectories: Sequence[Trajectory], limits: RolloutLimits) -> None:
     """Add the soft penalty to scored trajectories, as the part ``overlong`` of the reward."""
     for trajectory in trajectories:
-        assert trajectory.reward is not None
+        if trajectory.reward is None:
+            continue
         penalty = overlong_penalty(
             len(trajectory.response_ids), max_tokens=limits.max_response_tokens, buffer=limits.overlong_buffer
         )
@@ -301,9 +302,11 @@ def penalise_overlong(trajectories: Sequence[Trajectory], limits: RolloutLimits)
 
 
 def score_rewards(reward: Reward, task: Task, trajectories: Sequence[Trajectory]) -> None:
-    """Write reward, parts and success into finished trajectories."""
+    """Write reward, parts and success into finished trajectories; those without a value stay unscored."""
     for trajectory in trajectories:
         score = reward.score(task, trajectory.response_text)
+        if score.value is None:
+            continue
         trajectory.reward = float(score.value)
         trajectory.reward_parts = dict(score.parts)
         trajectory.success = bool(score.success)

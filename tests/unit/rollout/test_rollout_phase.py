@@ -358,3 +358,86 @@ def test_cut_responses_leave_the_loss_and_stay_in_their_group():
 def test_options_that_contradict_each_other_are_refused(make, message):
     with pytest.raises(ConfigurationError, match=message):
         make()
+
+
+# --- rollouts that cannot be scored ----------------------------------------------------------------------------------
+
+
+class SilentJudge(LengthReward):
+    """Has no answer for some numbers."""
+
+    def __init__(self, *silent_about: int) -> None:
+        self.marks = [f"<answer>{number}</answer>" for number in silent_about]
+
+    def score(self, task: Task, response_text: str) -> Score:
+        if not self.marks or any(mark in response_text for mark in self.marks):
+            return Score(value=None, success=False)
+        return super().score(task, response_text)
+
+
+def answer_of(trajectory: Trajectory) -> int:
+    return int(trajectory.response_text.split("<answer>")[1].split("<")[0])
+
+
+def test_a_rollout_without_a_value_leaves_its_group_and_nothing_else():
+    whole = make_runner(FakePolicy()).begin(0, tasks())
+    silent = answer_of(whole.roots[1][0])
+    policy = FakePolicy()
+    runner = make_runner(policy, reward=SilentJudge(silent))
+    phase = runner.begin(0, tasks())
+    assert phase.unscored == [0, 1, 0]
+    assert [tokens(group) for group in phase.roots] == [
+        tokens(whole.roots[0]),
+        tokens(whole.roots[1][1:]),
+        tokens(whole.roots[2]),
+    ]
+    assert policy.scored == [(0, 5)]  # what is not trained on is not scored by the policy either
+    for group, scores in zip(phase.roots, phase.old, strict=True):
+        for root, score in zip(group, scores, strict=True):
+            assert len(score.logprobs) == len(root.response_ids)
+    batch = runner.mini_batch(phase, range(3), visit=0)
+    assert batch.prompt_index.tolist() == [0, 0, 1, 2, 2]
+    assert [tree.unscored for tree in batch.trees] == [0, 1, 0]
+    assert [len(tree.branches) for tree in batch.trees] == [4, 2, 4]  # of each root as many as ever
+
+
+def test_a_branch_without_a_value_is_no_branch():
+    full = make_runner(FakePolicy())
+    branches = full.mini_batch(full.begin(0, tasks()), range(1), visit=0).trees[0].branches
+    roots = {answer_of(root) for root in full.begin(0, tasks()).roots[0]}
+    silent = next(n for n in map(answer_of, (branch.trajectory for branch in branches)) if n not in roots)
+    runner = make_runner(FakePolicy(), reward=SilentJudge(silent))
+    batch = runner.mini_batch(runner.begin(0, tasks()), range(1), visit=0)
+    kept = [
+        ids
+        for ids, branch in zip(tokens([b.trajectory for b in branches]), branches, strict=True)
+        if answer_of(branch.trajectory) != silent
+    ]
+    assert branch_tokens(batch) == kept
+    assert batch.trees[0].unscored == 4 - len(kept) > 0
+    assert len(batch.branch_reward) == len(batch.branch_root) == len(kept)
+
+
+def test_a_phase_with_small_groups_survives_a_checkpoint():
+    silent = answer_of(make_runner(FakePolicy()).begin(0, tasks()).roots[0][1])
+    phase = make_runner(FakePolicy(), reward=SilentJudge(silent)).begin(0, tasks())
+    again = Phase.from_state_dict(phase.state_dict(), tasks())
+    assert again.unscored == phase.unscored == [1, 0, 0]
+    assert [tokens(group) for group in again.roots] == [tokens(group) for group in phase.roots]
+
+
+def test_a_prompt_without_any_value_is_replaced_like_one_whose_roots_agree():
+    whole = make_runner(FakePolicy()).begin(0, tasks())
+    judge = SilentJudge(*map(answer_of, whole.roots[1]))
+    runner = make_runner(FakePolicy(), reward=judge, max_refills=1)
+    phase = runner.begin(0, tasks(), refill=lambda number, count: [make_task("t9")][:count])
+    assert "t9" in [task.id for task in phase.tasks]
+    runner = make_runner(FakePolicy(), reward=judge)
+    batch = runner.mini_batch(runner.begin(0, tasks()), range(3), visit=0)
+    assert batch.prompt_index.tolist() == [0, 0, 2, 2]  # without refills it contributes nothing
+
+
+def test_a_mini_batch_without_any_value_stops_the_run():
+    runner = make_runner(FakePolicy(), reward=SilentJudge())
+    with pytest.raises(DataError, match=r"none of the 4 rollouts.* could be scored: SilentJudge gave no value"):
+        runner.mini_batch(runner.begin(0, tasks()), range(2), visit=0)
