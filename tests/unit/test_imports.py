@@ -13,10 +13,10 @@ import appo_lightning
 
 SOURCE = Path(appo_lightning.__file__).parent
 
-# docs: `types, errors` <- `algorithm` | `samplers, tools, rewards, policy, tasks` <- `rollout, batching`
+# docs: `types, errors, tokens` <- `algorithm` | `samplers, tools, rewards, policy, tasks` <- `rollout, batching`
 #       <- `module, datamodule, sft, callbacks, reports` <- `cli`
 LAYERS = [
-    {"types", "errors", "__init__"},
+    {"types", "errors", "tokens", "__init__"},
     {"algorithm", "samplers", "tools", "rewards", "policy", "tasks", "environment", "registry"},
     {"rollout", "batching", "metrics"},
     {"module", "policy_module", "datamodule", "sft", "callbacks", "reports"},

@@ -22,6 +22,7 @@ from appo_lightning.rollout.slots import SlotQueue
 from appo_lightning.rollout.toolpool import ToolOutcome, ToolPool
 from appo_lightning.rollout.watchdog import Watchdog
 from appo_lightning.samplers.base import MIN_TEMPERATURE, Completion, Sampler, SampleRequest
+from appo_lightning.tokens import decode_tokens
 from appo_lightning.tools.base import Tool
 from appo_lightning.types import StopReason, Task, ToolCall, ToolError, Trajectory
 
@@ -284,8 +285,7 @@ class RolloutLoop:
             if self._room(episode) < 1:
                 episode.stop_reason = "length"
                 return
-            said = episode.response_ids[episode.turn_start :]
-            turn = str(self._tokenizer.decode(said)) if said else ""
+            turn = decode_tokens(self._tokenizer, episode.response_ids[episode.turn_start :])
             call = parse_call(turn, self._tools)
             if call is None:
                 episode.request = self._request(episode, turn)
@@ -417,7 +417,7 @@ class RolloutLoop:
             tool_calls=episode.tool_calls,
             stop_reason=episode.stop_reason,
             policy_version=policy_version,
-            response_text=str(self._tokenizer.decode(episode.response_ids, skip_special_tokens=True)),
+            response_text=decode_tokens(self._tokenizer, episode.response_ids, skip_special=True),
         )
 
 

@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from appo_lightning.tokens import decode_tokens, encode_text
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -71,8 +73,8 @@ class ResultEncoder:
         self._control_ids = frozenset(added.values()) | frozenset(tokenizer.all_special_ids)
         texts = {mark for tag in tags for mark in (f"<{tag}>", f"</{tag}>")} | set(added)
         self._control_text = re.compile("|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)))
-        self._open = tokenizer.encode(RESULT_OPEN, add_special_tokens=False)
-        self._close = tokenizer.encode(RESULT_CLOSE, add_special_tokens=False)
+        self._open = encode_text(tokenizer, RESULT_OPEN)
+        self._close = encode_text(tokenizer, RESULT_CLOSE)
         self.num_tag_tokens = len(self._open) + len(self._close)
 
     def defuse(self, text: str) -> str:
@@ -93,16 +95,16 @@ class ResultEncoder:
         body, shown = self._encode_body(text[: _MAX_CHARS_PER_TOKEN * max_tokens])
         if len(body) > max_tokens:
             body = self._cut(body, max_tokens)
-            shown = str(self._tokenizer.decode(body))
+            shown = decode_tokens(self._tokenizer, body)
         return [*self._open, *body, *self._close], shown
 
     def _encode_body(self, text: str) -> tuple[list[int], str]:
         text = text.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair cannot be tokenised
         # A tokenizer that normalises text may still fold something into a control token, or its neighbours into a tag.
         for _ in range(8):
-            ids = self._tokenizer.encode(self.defuse(text), add_special_tokens=False)
+            ids = encode_text(self._tokenizer, self.defuse(text))
             ids = [token for token in ids if token not in self._control_ids]
-            text = str(self._tokenizer.decode(ids))
+            text = decode_tokens(self._tokenizer, ids)
             if not self._control_text.search(text):
                 return ids, text
         return [], ""
@@ -110,7 +112,7 @@ class ResultEncoder:
     def _cut(self, ids: list[int], length: int) -> list[int]:
         """The first tokens, without the beginning of a character (at most three bytes) that the cut left behind."""
         for stop in range(length, max(length - 4, 0), -1):
-            if not str(self._tokenizer.decode(ids[:stop])).endswith("\ufffd"):
+            if not decode_tokens(self._tokenizer, ids[:stop]).endswith("\ufffd"):
                 return ids[:stop]
         return ids[:length]
 

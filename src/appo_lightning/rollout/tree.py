@@ -25,6 +25,7 @@ from appo_lightning.errors import ConfigurationError
 from appo_lightning.rewards.base import Reward
 from appo_lightning.rollout.loop import Prefix, RolloutLimits
 from appo_lightning.rollout.seeds import derive_seed
+from appo_lightning.tokens import decode_tokens
 from appo_lightning.types import Branch, BranchPoint, RolloutTree, Task, Trajectory
 
 if TYPE_CHECKING:
@@ -152,7 +153,7 @@ class BlankTokens:
         flags = []
         for token in unique.tolist():
             if token not in self._blank:
-                self._blank[token] = not str(self._tokenizer.decode([token], skip_special_tokens=True)).strip()
+                self._blank[token] = not decode_tokens(self._tokenizer, [token], skip_special=True).strip()
             flags.append(self._blank[token])
         return torch.tensor(flags, dtype=torch.bool)[inverse]
 

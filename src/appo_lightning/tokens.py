@@ -1,0 +1,45 @@
+"""Token ids to text and back, exactly: nothing is added, dropped or tidied up.
+
+The tool loop does this several times per turn, between two steps of the engine. transformers' own ``encode`` and
+``decode`` set up padding, truncation and a batch around each call, which costs two to three times the work itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text, without the special tokens that begin or end a sequence."""
+    backend = _backend(tokenizer)
+    # An earlier caller may have left truncation or padding switched on in there.
+    if backend is not None and backend.truncation is None and backend.padding is None:
+        return backend.encode(text, add_special_tokens=False).ids
+    return list(tokenizer.encode(text, add_special_tokens=False))
+
+
+def decode_tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, skip_special: bool = False) -> str:
+    """Text of token ids.
+
+    Args:
+        tokenizer: the policy's.
+        ids: any.
+        skip_special: leave special tokens out.
+    """
+    if not ids:
+        return ""
+    backend = _backend(tokenizer)
+    if backend is not None:
+        return backend.decode(ids, skip_special_tokens=skip_special)
+    text = tokenizer.decode(list(ids), skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)
+    return text
+
+
+def _backend(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The ``tokenizers.Tokenizer`` underneath; None: this one is written in Python."""
+    return getattr(tokenizer, "backend_tokenizer", None)

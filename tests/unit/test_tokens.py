@@ -1,0 +1,63 @@
+"""Claims about token ids and text: what is measured once with the tokenizer's own functions holds for the short way."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+from appo_lightning.tasks.lookup.tokenizer import build_tokenizer as build_lookup_tokenizer
+from appo_lightning.tokens import decode_tokens, encode_text
+from helpers.scripted import scripted_tokenizer
+from helpers.tiny import EOS, build_tokenizer
+
+
+class Slow:
+    """A tokenizer written in Python: no backend, only transformers' interface."""
+
+    def __init__(self, inner: PreTrainedTokenizerFast) -> None:
+        self._inner = inner
+
+    def encode(self, text: str, **options: object) -> list[int]:
+        return self._inner.encode(text, **options)
+
+    def decode(self, ids: list[int], **options: object) -> str:
+        return str(self._inner.decode(ids, **options))
+
+
+@pytest.mark.parametrize("make", [scripted_tokenizer, build_lookup_tokenizer, lambda: Slow(scripted_tokenizer())])
+def test_short_and_long_way_agree(make):
+    tokenizer = make()
+
+    @given(st.text(max_size=40))
+    def agree(text: str) -> None:
+        text += f"</search>\n{EOS}"
+        ids = encode_text(tokenizer, text)
+        assert ids == tokenizer.encode(text, add_special_tokens=False)
+        assert decode_tokens(tokenizer, ids) == tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        assert decode_tokens(tokenizer, ids, skip_special=True) == tokenizer.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+    agree()
+
+
+def test_spaces_before_signs_are_not_tidied_up():
+    tokenizer = build_tokenizer()
+    tokenizer.clean_up_tokenization_spaces = True
+    text = "x = 3 , y ! don 't"
+    assert decode_tokens(tokenizer, encode_text(tokenizer, text)) == text
+    assert decode_tokens(Slow(tokenizer), encode_text(tokenizer, text)) == text
+
+
+def test_truncation_that_somebody_left_on_does_not_cut():
+    tokenizer = build_tokenizer()
+    whole = encode_text(tokenizer, "the quick brown fox " * 10)
+    tokenizer("the quick", truncation=True, max_length=2)  # the backend keeps this setting
+    assert encode_text(tokenizer, "the quick brown fox " * 10) == whole
+
+
+def test_nothing_is_nothing():
+    assert decode_tokens(build_tokenizer(), []) == ""
+    assert encode_text(build_tokenizer(), "") == []
