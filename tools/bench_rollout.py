@@ -27,7 +27,8 @@ from typing import Any
 
 import torch
 
-from appo_lightning.rollout.loop import Prefix, RolloutLimits, RolloutLoop
+from appo_lightning.rollout.limits import RolloutLimits
+from appo_lightning.rollout.loop import Prefix, RolloutLoop
 from appo_lightning.rollout.parsing import ResultEncoder
 from appo_lightning.samplers.base import Completion, Sampler, SampleRequest, generate
 from appo_lightning.samplers.vllm import VLLMSampler

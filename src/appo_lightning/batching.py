@@ -152,7 +152,8 @@ def build_batch(
     current: Sequence[TraceScores],
     fallback: Sequence[bool],
     temperature: float,
-    branch_scores: Sequence[TraceScores] | None = None,
+    branch_old: Sequence[TraceScores] | None = None,
+    branch_current: Sequence[TraceScores] | None = None,
     drop_overlong: bool = False,
 ) -> ProcedureBatch:
     """Trees as one mini-batch.
@@ -163,15 +164,16 @@ def build_batch(
         current: per root, of the weights that chose the branches.
         fallback: per root, whether the gain was only noise.
         temperature: that the log-probs are taken at.
-        branch_scores: per branch, of the weights that sampled it; given, branches become rows (``train_branches``).
+        branch_old: per branch, of the weights that sampled it; given, branches become rows (``train_branches``).
+        branch_current: per branch, of the current weights; given with ``branch_old``.
         drop_overlong: no token of a response that was cut by its budget is trained on.
     """
     roots = [root for tree in trees for root in tree.roots]
     branches = [branch for tree in trees for branch in tree.branches]
-    extra = [branch.trajectory for branch in branches] if branch_scores is not None else []
+    extra = [branch.trajectory for branch in branches] if branch_old is not None else []
     rows = roots + extra
-    row_old = [*old, *(branch_scores or ())]
-    row_current = [*current, *(branch_scores or ())]
+    row_old = [*old, *(branch_old or ())]
+    row_current = [*current, *(branch_current or ())]
     sequences = pad_trajectories(rows)
     if drop_overlong:
         sequences.mask &= ~torch.tensor([row.stop_reason == "length" for row in rows], dtype=torch.bool)[:, None]
@@ -201,7 +203,7 @@ def build_batch(
         ),
         branch_score=torch.tensor([b.point.score for b in branches], dtype=torch.float32),
         branch_reward=torch.tensor([_reward(b.trajectory) for b in branches], dtype=torch.float32),
-        branch_row=torch.arange(len(roots), len(rows)) if branch_scores is not None else None,
+        branch_row=torch.arange(len(roots), len(rows)) if branch_old is not None else None,
         num_roots=len(roots),
         temperature=temperature,
         trees=list(trees),

@@ -16,9 +16,11 @@ from appo_lightning.errors import ConfigurationError, DataError
 from appo_lightning.metrics import of_all_ranks
 from appo_lightning.module import AppoModule
 from appo_lightning.rewards.base import Reward
-from appo_lightning.rollout.loop import Prefix, RolloutLimits, RolloutLoop
-from appo_lightning.rollout.phase import LogprobGap, Phase, PhaseRunner, Refill
+from appo_lightning.rollout.limits import RolloutLimits
+from appo_lightning.rollout.loop import Prefix, RolloutLoop
+from appo_lightning.rollout.phase import LogprobGap, Phase, Refill
 from appo_lightning.rollout.prompts import build_task
+from appo_lightning.rollout.runner import PhaseRunner
 from appo_lightning.rollout.seeds import derive_seed
 from appo_lightning.rollout.tree import BlankTokens, BranchingOptions, score_rewards
 from appo_lightning.samplers.base import Sampler
@@ -109,9 +111,9 @@ class RolloutDataModule(L.LightningDataModule):
         self.prompts_per_phase, self.prompts_per_mini_batch = prompts_per_phase, prompts_per_mini_batch
         self.epochs_per_phase, self.train_branches = epochs_per_phase, train_branches
         self.validation_rollouts = validation_rollouts
-        self.validation_limits = rollout
+        self.validation_limits = replace(rollout, patience_s=None)  # what it measures must not depend on the clock
         if validation_temperature is not None:
-            self.validation_limits = replace(rollout, temperature=validation_temperature)
+            self.validation_limits = replace(self.validation_limits, temperature=validation_temperature)
         self.seed = seed
         self.push_weights: Callable[[], None] | None = None  # set by SamplerWeightSync
         self.source: RolloutSource | None = None
@@ -295,6 +297,8 @@ class RolloutSource:
         # The noise floor decides where to branch: the same on every rank, measured on all tokens.
         phase.gap = _gap_of_all_ranks(phase)
         module.on_phase_begin()
+        if self._data.branching.sampled_per == "phase":
+            self.runner.branch(phase)
         return phase
 
     def _tasks(self, phase_in_epoch: int) -> list[Task]:

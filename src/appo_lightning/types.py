@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 ToolError = Literal["timeout", "error", "empty", "limit", "malformed"]
-StopReason = Literal["eos", "length", "call_limit"]
+StopReason = Literal["eos", "length", "call_limit", "late"]  # late: not finished, see RolloutLimits.patience_s
 
 
 @dataclass(slots=True)

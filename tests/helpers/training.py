@@ -28,7 +28,7 @@ from appo_lightning.datamodule import RolloutDataModule
 from appo_lightning.module import AppoModule, LossOptions
 from appo_lightning.policy.options import LoraOptions, OptimizerOptions, PolicyOptions
 from appo_lightning.rewards.base import Reward, Score
-from appo_lightning.rollout.loop import RolloutLimits
+from appo_lightning.rollout.limits import RolloutLimits
 from appo_lightning.rollout.serialise import tree_to_dict
 from appo_lightning.rollout.tree import BranchingOptions
 from appo_lightning.samplers.base import Sampler

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,7 @@ def test_reference_previous_policy_and_phases_work_on_two_ranks(checkpoint, one_
         checkpoint,
         max_steps=3,
         prompts_per_phase=4,
-        branching=PREVIOUS,
+        branching=PREVIOUS if strategy == "ddp" else replace(PREVIOUS, sampled_per="phase"),
         lora=True,
         optimizer=SMALL_STEPS,
         loss=LossOptions(kl="k3", kl_coefficient=0.1, importance_cap=1.0),

@@ -148,6 +148,16 @@ def test_a_killed_run_continues_exactly(checkpoint, uninterrupted, tmp_path: Pat
     assert len(set(whole.series("loss/policy"))) > 2
 
 
+@pytest.mark.parametrize("train_branches", [False, True])
+def test_branches_of_a_whole_phase_continue_exactly(checkpoint, uninterrupted, tmp_path: Path, train_branches) -> None:
+    at_once = BranchingOptions(2, 4, gain_baseline="previous", sampled_per="phase")
+    run = Run(checkpoint, branching=at_once, train_branches=train_branches, max_steps=6, epochs_per_phase=2)
+    # A phase has four steps: the first is over, the second has one step behind it.
+    fit(Run(**{**vars(run), "output": str(tmp_path), "max_steps": 5}))
+    resumed = fit(Run(**{**vars(run), "resume": str(tmp_path / "last.ckpt")}))
+    assert_equal_runs(resumed, uninterrupted(run), from_step=5)
+
+
 def test_a_run_resumed_twice_is_still_the_same(checkpoint, uninterrupted, tmp_path: Path) -> None:
     run = Run(checkpoint, epochs_per_phase=2, max_steps=6)
     broken = Run(**{**vars(run), "output": str(tmp_path)})

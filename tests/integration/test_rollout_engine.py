@@ -14,7 +14,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from appo_lightning.rollout.loop import Prefix, RolloutLimits, RolloutLoop
+from appo_lightning.rollout.limits import RolloutLimits
+from appo_lightning.rollout.loop import Prefix, RolloutLoop
 from appo_lightning.rollout.prompts import build_task
 from appo_lightning.rollout.tree import branch_prefixes
 from appo_lightning.samplers.vllm import VLLMSampler

@@ -15,7 +15,7 @@ from appo_lightning.datamodule import RolloutDataModule
 from appo_lightning.errors import ConfigurationError
 from appo_lightning.metrics import MetricSums, log_metrics, tensorboard_writer
 from appo_lightning.reports.text import most_telling, render_tree
-from appo_lightning.rollout.phase import PhaseRunner, PhaseTimes
+from appo_lightning.rollout.runner import PhaseRunner, PhaseTimes
 from appo_lightning.types import StopReason
 
 
@@ -56,6 +56,8 @@ class RolloutStatistics(L.Callback):
             for name, value in root.reward_parts.items():
                 metrics.add(f"rollout/reward_{name}", value)
         for reason in get_args(StopReason):  # all of them: another rank may have what this one has not
+            if reason == "late":  # they have left their groups
+                continue
             share = sum(root.stop_reason == reason for root in roots)
             metrics.add_sum(f"rollout/stop_share_{reason}", share, len(roots))
         metrics.add("rollout/response_tokens", [len(r.response_ids) for r in roots], histogram=True)
@@ -89,6 +91,8 @@ class RolloutStatistics(L.Callback):
             metrics.add_sum("time/sampled_tokens_per_second", statistics.sampled_tokens, statistics.seconds)
             metrics.add_sum("time/tool_wait_share", statistics.waiting_seconds, statistics.seconds)
             metrics.add_sum("rollout/cached_token_share", statistics.cached_tokens, statistics.prompt_tokens)
+        if data.rollout.patience_s is not None:
+            metrics.add("rollout/late_rollouts", statistics.late)
         if data.branching.max_refills:
             metrics.add("rollout/refilled_prompts", sum(data.source.phase.refills))
         gap = data.source.phase.gap

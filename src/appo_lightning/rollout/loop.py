@@ -12,89 +12,23 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from appo_lightning.errors import AppoError, ConfigurationError, EngineFailure
+from appo_lightning.rollout.limits import RolloutLimits
 from appo_lightning.rollout.parsing import ResultEncoder, parse_call, stop_strings
 from appo_lightning.rollout.seeds import derive_seed
 from appo_lightning.rollout.sessions import EpisodeSession, calls_to_replay
 from appo_lightning.rollout.slots import SlotQueue
 from appo_lightning.rollout.toolpool import ToolOutcome, ToolPool
 from appo_lightning.rollout.watchdog import Watchdog
-from appo_lightning.samplers.base import MIN_TEMPERATURE, Completion, Sampler, SampleRequest
+from appo_lightning.samplers.base import Completion, Sampler, SampleRequest
 from appo_lightning.tokens import decode_tokens
 from appo_lightning.tools.base import Tool
 from appo_lightning.types import StopReason, Task, ToolCall, ToolError, Trajectory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-@dataclass
-class RolloutLimits:
-    """Budgets of one trajectory, and how it is sampled.
-
-    Args:
-        max_prompt_tokens: longest prompt; a longer one is an error.
-        max_response_tokens: sampled tokens and tool results together.
-        max_tool_calls: calls per trajectory, malformed ones too. One call more is answered with a note; a second one
-            ends the rollout.
-        max_result_tokens: longest tool result; the rest is cut.
-        tool_workers: tool calls that run at the same time.
-        temperature: of sampling; log-probs are taken at the same temperature.
-        top_p: nucleus sampling; 1 turns it off.
-        top_k: sample among the k most probable tokens; 0 turns it off.
-        overlong: what training does about responses that are too long. "keep" scores and trains them like others;
-            "drop" takes those cut by the budget out of the loss, their rewards still count in their group; "penalty"
-            subtracts up to 1 from the reward over the last ``overlong_buffer`` tokens of the budget (DAPO).
-        overlong_buffer: tokens over which the penalty grows; only for "penalty".
-        stall_timeout_s: seconds without a sampled token after which an engine with work counts as broken. One step of
-            TransformersSampler is a whole batch: raise this where a batch takes longer.
-        max_restarts: fresh engines per phase for those that broke; what was sampled is kept. On one process only:
-            otherwise, and after that, the run stops.
-    """
-
-    max_prompt_tokens: int = 1024
-    max_response_tokens: int = 4096
-    max_tool_calls: int = 3
-    max_result_tokens: int = 1024
-    tool_workers: int = 16
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    overlong: Literal["keep", "drop", "penalty"] = "keep"
-    overlong_buffer: int = 0
-    stall_timeout_s: float = 600.0
-    max_restarts: int = 2
-
-    def __post_init__(self) -> None:
-        for name in ("max_prompt_tokens", "max_response_tokens", "max_result_tokens", "tool_workers"):
-            if getattr(self, name) < 1:
-                raise ConfigurationError(f"rollout.{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 < self.stall_timeout_s < math.inf:
-            raise ConfigurationError(f"rollout.stall_timeout_s must be positive and finite, got {self.stall_timeout_s}")
-        if self.max_restarts < 0:
-            raise ConfigurationError(f"rollout.max_restarts must be at least 0, got {self.max_restarts}")
-        if self.max_tool_calls < 0:
-            raise ConfigurationError(f"rollout.max_tool_calls must be at least 0, got {self.max_tool_calls}")
-        if self.temperature != 0 and not MIN_TEMPERATURE <= self.temperature < math.inf:
-            raise ConfigurationError(
-                f"rollout.temperature must be 0 (greedy) or a number from {MIN_TEMPERATURE} on, got {self.temperature}"
-            )
-        if not 0 < self.top_p <= 1:
-            raise ConfigurationError(f"rollout.top_p must be in (0, 1], got {self.top_p}")
-        if self.top_k < 0:
-            raise ConfigurationError(f"rollout.top_k must be at least 0, got {self.top_k}")
-        if (self.overlong == "penalty") != (self.overlong_buffer != 0):
-            raise ConfigurationError(
-                f"rollout.overlong = {self.overlong!r} and overlong_buffer = {self.overlong_buffer} do not belong "
-                "together: a penalty needs a buffer, nothing else has one"
-            )
-        if not 0 <= self.overlong_buffer <= self.max_response_tokens:
-            raise ConfigurationError(
-                f"rollout.overlong_buffer must be in [0, max_response_tokens = {self.max_response_tokens}], "
-                f"got {self.overlong_buffer}"
-            )
 
 
 @dataclass(slots=True)
@@ -119,6 +53,7 @@ class LoopStatistics:
     waiting_seconds: float = 0.0  # no request in the engine, tools running
     seconds: float = 0.0
     restarts: int = 0  # fresh engines
+    late: int = 0  # rollouts that patience_s ended
 
 
 class RolloutLoop:
@@ -182,6 +117,7 @@ class RolloutLoop:
         finished = restarts = 0
         self._broken: EngineFailure | None = None
         watchdog = Watchdog(self._limits.stall_timeout_s)
+        patience = math.inf if self._limits.patience_s is None else self._limits.patience_s
 
         def advance(episode: _Episode) -> None:
             nonlocal finished
@@ -200,7 +136,15 @@ class RolloutLoop:
                 while generating or len(waiting) or len(pool):
                     if not generating:
                         watchdog.rest()
-                    for outcome in self._tool_outcomes(pool, wait=not (generating or len(waiting))):
+                    if generating or len(waiting):
+                        outcomes = pool.poll()
+                    else:
+                        outcomes, waited = self._wait_for_tools(pool, patience)
+                        patience -= waited
+                        if not outcomes:
+                            self._leave_late(episodes)
+                            break
+                    for outcome in outcomes:
                         self._absorb_result(outcome)
                         advance(outcome.key)
                     while (index := waiting.pop(len(generating))) is not None:
@@ -355,12 +299,19 @@ class RolloutLoop:
             except Exception:  # the call itself will meet it and tell the policy
                 continue
 
-    def _tool_outcomes(self, pool: ToolPool[_Episode], *, wait: bool) -> list[ToolOutcome[_Episode]]:
+    def _wait_for_tools(self, pool: ToolPool[_Episode], patience: float) -> tuple[list[ToolOutcome[_Episode]], float]:
+        """What ended first, nothing if that took too long; and the seconds waited."""
         started = time.monotonic()
-        outcomes = pool.poll(block=wait)
-        if wait:
-            self.statistics.waiting_seconds += time.monotonic() - started
-        return outcomes
+        outcomes = pool.poll(wait_s=patience)
+        waited = time.monotonic() - started
+        self.statistics.waiting_seconds += waited
+        return outcomes, waited
+
+    def _leave_late(self, episodes: Sequence[_Episode]) -> None:
+        for episode in episodes:
+            if episode.stop_reason is None:
+                episode.stop_reason = "late"
+                self.statistics.late += 1
 
     def _absorb_result(self, outcome: ToolOutcome[_Episode]) -> None:
         episode = outcome.key

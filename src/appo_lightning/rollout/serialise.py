@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
-from appo_lightning.types import Branch, RolloutTree, ToolCall, Trajectory
+from appo_lightning.types import Branch, BranchPoint, RolloutTree, ToolCall, Trajectory
 
 
 def trajectory_to_dict(trajectory: Trajectory) -> dict[str, Any]:
@@ -28,20 +28,27 @@ def tree_to_dict(tree: RolloutTree) -> dict[str, Any]:
         "references": list(tree.task.references),
         "prompt_ids": tree.task.prompt_ids,
         "roots": [_without_prompt(root) for root in tree.roots],
-        "branches": [_branch_to_dict(branch) for branch in tree.branches],
+        "branches": [
+            {**_fields_of(branch.point), "prefix_length": branch.prefix_length, **_without_prompt(branch.trajectory)}
+            for branch in tree.branches
+        ],
     }
 
 
-def _branch_to_dict(branch: Branch) -> dict[str, Any]:
+def branch_to_dict(branch: Branch) -> dict[str, Any]:
+    """Every field; loaded back by ``branch_from_dict``."""
     return {
-        "root": branch.point.root,
-        "position": branch.point.position,
-        "score": branch.point.score,
-        "entropy_z": branch.point.entropy_z,
-        "future_value_z": branch.point.future_value_z,
+        "point": _fields_of(branch.point),
+        "trajectory": trajectory_to_dict(branch.trajectory),
         "prefix_length": branch.prefix_length,
-        **_without_prompt(branch.trajectory),
     }
+
+
+def branch_from_dict(state: dict[str, Any]) -> Branch:
+    """The branch that ``branch_to_dict`` described."""
+    return Branch(
+        BranchPoint(**state["point"]), trajectory_from_dict(state["trajectory"]), prefix_length=state["prefix_length"]
+    )
 
 
 def _without_prompt(trajectory: Trajectory) -> dict[str, Any]:
@@ -50,5 +57,5 @@ def _without_prompt(trajectory: Trajectory) -> dict[str, Any]:
     return state
 
 
-def _fields_of(value: Trajectory | ToolCall) -> dict[str, Any]:
+def _fields_of(value: Trajectory | ToolCall | BranchPoint) -> dict[str, Any]:
     return {field.name: getattr(value, field.name) for field in fields(value)}

@@ -70,22 +70,24 @@ class ToolPool(Generic[K]):
         self._waiting.append(_Call(key, run, interrupt, timeout_s))
         self._start_waiting()
 
-    def poll(self, *, block: bool) -> list[ToolOutcome[K]]:
+    def poll(self, *, wait_s: float = 0.0) -> list[ToolOutcome[K]]:
         """Calls that ended since the last poll.
 
         Args:
-            block: wait until at least one ends (or none is left).
+            wait_s: wait so long until at least one ends (or none is left).
 
         Raises:
             AppoError: a call raised it: the tool cannot work at all.
         """
+        until = time.monotonic() + wait_s
         wait_s = 0.0
         while True:
             outcomes = self._answered(wait_s) + self._expired()
             self._start_waiting()
-            if outcomes or not block or not self._running:
+            left = until - time.monotonic()
+            if outcomes or left <= 0 or not self._running:
                 return outcomes
-            wait_s = self._seconds_to_next_deadline()
+            wait_s = min(left, self._seconds_to_next_deadline())
 
     def abandon(self) -> None:
         """Give up everything that has not ended, and the threads: for the end of a run."""

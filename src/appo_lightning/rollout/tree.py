@@ -23,7 +23,8 @@ from appo_lightning.algorithm import (
 from appo_lightning.batching import TraceScores
 from appo_lightning.errors import ConfigurationError
 from appo_lightning.rewards.base import Reward
-from appo_lightning.rollout.loop import Prefix, RolloutLimits
+from appo_lightning.rollout.limits import RolloutLimits
+from appo_lightning.rollout.loop import Prefix
 from appo_lightning.rollout.seeds import derive_seed
 from appo_lightning.tokens import decode_tokens
 from appo_lightning.types import Branch, BranchPoint, RolloutTree, Task, Trajectory
@@ -53,8 +54,13 @@ class BranchingOptions:
             trainer count as zero; where nothing is left, entropy alone chooses.
         min_remaining: response budget in tokens that must be left after a branch point.
         keep_token: the branch keeps the token at the branch point (as published); false samples it again.
-        budget: "equal" gives every prompt M - N branches; "disagreement" shares out those of a mini-batch in proportion
-            to the spread of the roots' rewards, none where they all agree; the total stays. Needs scope "prompt".
+        budget: "equal" gives every prompt M - N branches; "disagreement" shares out those of all prompts that branch
+            together in proportion to the spread of the roots' rewards, none where they all agree; the total stays.
+            Needs scope "prompt".
+        sampled_per: "mini_batch" samples the branches of each mini-batch with the policy of that moment (the paper);
+            "phase" those of all prompts at once, right after the roots and with the same weights: prefixes are still in
+            the engine's cache, and one wave of rollouts takes the place of many small ones. Later epochs over a phase
+            meet the same branches again. A criterion that uses the gain then needs gain_baseline "previous".
         max_refills: at most so many times per phase, prompts whose roots all earn the same are replaced by other
             prompts (DAPO's dynamic sampling); what is equal after that is trained on. 0 turns it off.
     """
@@ -71,6 +77,7 @@ class BranchingOptions:
     min_remaining: int = 16
     keep_token: bool = True
     budget: Literal["equal", "disagreement"] = "equal"
+    sampled_per: Literal["mini_batch", "phase"] = "mini_batch"
     max_refills: int = 0
 
     def __post_init__(self) -> None:
@@ -110,7 +117,14 @@ class BranchingOptions:
                 "branching.gain_baseline = 'previous' has no effect without branches chosen by a criterion that uses "
                 "the gain; remove it"
             )
-
+        if self.sampled_per == "phase" and not self.num_branches:
+            raise ConfigurationError("branching.sampled_per = 'phase' has no effect without branches; remove it")
+        if self.sampled_per == "phase" and self.uses_gain and self.gain_baseline == "behaviour":
+            raise ConfigurationError(
+                f"branching.sampled_per = 'phase' chooses before the policy has moved: every gain of criterion = "
+                f"{self.criterion!r} against gain_baseline 'behaviour' is zero; use gain_baseline: previous, or a "
+                "criterion without the gain"
+            )
         if self.budget == "disagreement" and (self.scope != "prompt" or not self.num_branches):
             raise ConfigurationError(
                 "branching.budget = 'disagreement' moves branches between prompts: it needs scope: prompt and "
@@ -303,8 +317,10 @@ def penalise_overlong(trajectories: Sequence[Trajectory], limits: RolloutLimits)
 
 
 def score_rewards(reward: Reward, task: Task, trajectories: Sequence[Trajectory]) -> None:
-    """Write reward, parts and success into finished trajectories; those without a value stay unscored."""
+    """Write reward, parts and success into trajectories; those without a value, or not finished, stay unscored."""
     for trajectory in trajectories:
+        if trajectory.stop_reason == "late":
+            continue
         score = reward.score(task, trajectory.response_text)
         if score.value is None:
             continue

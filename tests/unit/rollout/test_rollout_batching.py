@@ -55,7 +55,8 @@ def make_batch(trees: list[RolloutTree], *, train_branches: bool = False, shift:
         current=[scores_of(root, shift=shift) for root in roots],
         fallback=[index % 2 == 0 for index in range(len(roots))],
         temperature=0.7,
-        branch_scores=[scores_of(trajectory) for trajectory in branches] if train_branches else None,
+        branch_old=[scores_of(trajectory) for trajectory in branches] if train_branches else None,
+        branch_current=[scores_of(trajectory) for trajectory in branches] if train_branches else None,
     )
 
 

@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 
 from appo_lightning.errors import ConfigurationError, EngineFailure, SamplerError
-from appo_lightning.rollout.loop import Prefix, RolloutLimits, RolloutLoop
+from appo_lightning.rollout.limits import RolloutLimits
+from appo_lightning.rollout.loop import Prefix, RolloutLoop
+from appo_lightning.rollout.seeds import derive_seed
+from appo_lightning.rollout.tree import score_rewards
 from appo_lightning.samplers.base import Completion, SampleRequest
-from helpers.scripted import EchoTool, ScriptedSampler, make_task, scripted_tokenizer
+from helpers.scripted import EchoTool, LengthReward, ScriptedSampler, make_task, scripted_tokenizer
 from helpers.tiny import EOS
 
 
@@ -173,7 +176,40 @@ def test_an_interrupt_from_the_keyboard_stays_one():
         roll(Interrupted(script))
 
 
+def slow_city(text: str, seed: int) -> str:
+    """Every third rollout asks a tool that takes its time, in its second turn."""
+    calls = text.count("<search>")
+    slow = seed % 3 == 0 and calls == 1
+    return f"<search>{9 if slow else 0}</search>" if calls < 2 else f"<answer>{seed}</answer>{EOS}"
+
+
+@pytest.mark.parametrize("patience_s", [None, 0.2])
+def test_patience_ends_the_rollouts_that_only_wait_for_tools_and_keeps_the_others(patience_s):
+    tool = EchoTool(seconds=lambda argument: int(argument) / 10 * (5 if patience_s else 1))
+    limits = RolloutLimits(patience_s=patience_s, max_response_tokens=200)
+    sampler = ScriptedSampler(slow_city)
+    loop = RolloutLoop(sampler, [tool], scripted_tokenizer(), limits)
+    prefixes = [Prefix(make_task(f"t{i}"), seed=i) for i in range(9)]
+    started = time.monotonic()
+    trajectories = loop.run(prefixes, policy_version=0)
+    late = [i for i, trajectory in enumerate(trajectories) if trajectory.stop_reason == "late"]
+    # The seed of a turn is derived: which rollouts are slow is read off what they asked.
+    slow = sorted({r.id for r in sampler.requests if derive_seed(r.id, 2) % 3 == 0})
+    assert 0 < len(slow) < 9
+    assert late == (slow if patience_s else [])
+    assert loop.take_statistics().late == len(late)
+    if patience_s:
+        assert time.monotonic() - started < 3  # the slow calls take 4.5 s
+        assert all(len(trajectories[i].tool_calls) == 1 for i in late)  # what was answered is there
+        assert sampler.num_unfinished == 0
+    score_rewards(LengthReward(), make_task(), trajectories)
+    assert [i for i, trajectory in enumerate(trajectories) if trajectory.reward is None] == late
+
+
 def test_limits_without_an_end_are_refused():
+    for limits in ({"patience_s": 0.0}, {"patience_s": float("inf")}):
+        with pytest.raises(ConfigurationError, match=r"rollout\.patience_s must be positive and finite, or null"):
+            RolloutLimits(**limits)
     for limits in ({"stall_timeout_s": 0.0}, {"stall_timeout_s": float("inf")}, {"max_restarts": -1}):
         with pytest.raises(ConfigurationError, match=r"rollout\.(stall_timeout_s|max_restarts) must be"):
             RolloutLimits(**limits)

@@ -12,8 +12,10 @@ from torch import Tensor
 from appo_lightning.batching import ProcedureBatch, TraceScores
 from appo_lightning.errors import ConfigurationError, DataError
 from appo_lightning.rewards.base import Reward, Score
-from appo_lightning.rollout.loop import RolloutLimits, RolloutLoop
-from appo_lightning.rollout.phase import Phase, PhaseRunner, Refill
+from appo_lightning.rollout.limits import RolloutLimits
+from appo_lightning.rollout.loop import RolloutLoop
+from appo_lightning.rollout.phase import Phase, Refill
+from appo_lightning.rollout.runner import PhaseRunner
 from appo_lightning.rollout.tree import (
     BlankTokens,
     BranchingOptions,

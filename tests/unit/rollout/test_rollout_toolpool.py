@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 import time
@@ -27,7 +28,7 @@ def submit(
 def drain(pool: ToolPool[str]) -> dict[str, ToolOutcome[str]]:
     outcomes: dict[str, ToolOutcome[str]] = {}
     while len(pool):
-        for outcome in pool.poll(block=True):
+        for outcome in pool.poll(wait_s=math.inf):
             assert outcome.key not in outcomes
             outcomes[outcome.key] = outcome
     return outcomes
@@ -122,7 +123,7 @@ def test_a_hung_call_costs_its_limit_and_frees_its_slot():
     submit(pool, "slow", lambda: time.sleep(0.2) or "slow")  # type: ignore[func-returns-value]
     release.set()
     assert {key: outcome.text for key, outcome in drain(pool).items()} == {"slow": "slow"}
-    assert pool.poll(block=True) == []
+    assert pool.poll(wait_s=math.inf) == []
 
 
 def test_an_interrupt_that_hangs_or_raises_hurts_nobody():
@@ -146,9 +147,9 @@ def test_a_blocking_poll_wakes_as_soon_as_a_call_ends():
     submit(pool, "slow", lambda: time.sleep(3) or "", timeout_s=60)  # type: ignore[func-returns-value]
     submit(pool, "fast", lambda: time.sleep(0.1) or "", timeout_s=60)  # type: ignore[func-returns-value]
     started = time.monotonic()
-    assert [outcome.key for outcome in pool.poll(block=True)] == ["fast"]
+    assert [outcome.key for outcome in pool.poll(wait_s=math.inf)] == ["fast"]
     assert time.monotonic() - started < 1.5
-    assert pool.poll(block=False) == []
+    assert pool.poll() == []
     assert time.monotonic() - started < 1.5
     pool.abandon()
 
@@ -160,7 +161,7 @@ def test_an_endless_time_limit_is_possible():
 
 
 def test_a_poll_with_nothing_to_wait_for_returns():
-    assert ToolPool(1).poll(block=True) == []
+    assert ToolPool(1).poll(wait_s=math.inf) == []
 
 
 def test_answers_that_race_with_their_deadline_are_never_lost():
@@ -181,7 +182,7 @@ def test_answers_that_race_with_their_deadline_are_never_lost():
                 submit(pool, key, work, timeout_s=0.00052)
             seen: list[str] = []
             while len(pool):
-                seen += [outcome.key for outcome in pool.poll(block=trial % 2 == 0)]
+                seen += [outcome.key for outcome in pool.poll(wait_s=math.inf if trial % 2 == 0 else 0.0)]
             assert sorted(seen) == ["a", "b"]
     finally:
         sys.setswitchinterval(interval)
@@ -196,7 +197,7 @@ def test_abandoned_calls_are_interrupted_and_never_come_back():
     assert interrupted.wait(5)
     assert len(pool) == 0
     time.sleep(0.05)
-    assert pool.poll(block=True) == []
+    assert pool.poll(wait_s=math.inf) == []
 
 
 def tool_threads() -> set[threading.Thread]:
@@ -249,3 +250,14 @@ def test_a_thread_that_hangs_is_replaced_and_takes_no_further_call():
     assert len(set(used)) <= 2
     pool.abandon()
     assert ended(tool_threads() - before)
+
+
+def test_waiting_ends_with_the_time_given():
+    pool: ToolPool[str] = ToolPool(2)
+    release = threading.Event()
+    pool.submit("slow", lambda: str(release.wait(20)), interrupt=release.set, timeout_s=30)
+    started = time.monotonic()
+    assert pool.poll(wait_s=0.1) == []
+    assert 0.1 <= time.monotonic() - started < 10
+    release.set()
+    assert [outcome.key for outcome in pool.poll(wait_s=20)] == ["slow"]
