@@ -4,9 +4,10 @@
 
 The measured code is the package's ``RolloutLoop`` and ``VLLMSampler``. A wrapper around the sampler fixes how many
 tokens each turn has and ends it with a tool call, so that every contestant does the same work whatever the policy
-says. The contestants of a row take turns in one process; a ratio is the median of the ratios within a round.
-``cpu`` is the ratio of the main thread's CPU seconds, which a busy machine changes less; ``idle`` the share of the time
-with requests in the engine that the loop spends outside its step.
+says. The contestants of a row take turns in one process on a new draw of the workload each round; a ratio is the median
+of the ratios within a round. ``cpu`` is the ratio of the main thread's CPU seconds, which a busy machine changes less;
+``idle`` the share of the time with requests in the engine that the loop spends outside the engine (its steps, and
+vLLM's own taking in of requests).
 """
 
 from __future__ import annotations
@@ -55,7 +56,13 @@ class Workload:
 
 
 def workload(
-    sequences: int, turns: int, *, tools: tuple[float, float] | None, slow_every: int = 0, vary: bool = False
+    sequences: int,
+    turns: int,
+    *,
+    tools: tuple[float, float] | None,
+    slow_every: int = 0,
+    vary: bool = False,
+    draw: int = 0,
 ) -> Workload:
     """Turns of 32 to 96 tokens.
 
@@ -65,15 +72,16 @@ def workload(
         tools: shortest and longest call in seconds; None: calls that return at once.
         slow_every: one call in so many takes 3 s.
         vary: sequences differ in their number of turns, 1 to 2 * turns - 1, as those of an agent do.
+        draw: number of the draw.
     """
-    draw = random.Random(0)
-    counts = [draw.randint(1, 2 * turns - 1) if vary else turns for _ in range(sequences)]
-    tokens = [[draw.randint(32, 96) for _ in range(count)] for count in counts]
-    seconds = [[draw.uniform(*tools) if tools else 0.0 for _ in range(count - 1)] for count in counts]
+    random_state = random.Random(draw)
+    counts = [random_state.randint(1, 2 * turns - 1) if vary else turns for _ in range(sequences)]
+    tokens = [[random_state.randint(32, 96) for _ in range(count)] for count in counts]
+    seconds = [[random_state.uniform(*tools) if tools else 0.0 for _ in range(count - 1)] for count in counts]
     calls = [(row, turn) for row, count in enumerate(counts) for turn in range(count - 1)]
     if slow_every:
         # Spread over turns as a random draw would be: lock-step meets one in most rounds.
-        for row, turn in draw.sample(calls, max(1, len(calls) // slow_every)):
+        for row, turn in random_state.sample(calls, max(1, len(calls) // slow_every)):
             seconds[row][turn] = 3.0
     return Workload(tokens, seconds)
 
@@ -111,13 +119,16 @@ class FixedTurns(Sampler):
 
     def reset(self) -> None:
         """Forget what was measured."""
-        self.seconds_in_step = self.seconds_with_work = 0.0
+        self.seconds_in_engine = self.seconds_with_work = 0.0
         self.first_cached: dict[int, tuple[int, int]] = {}  # cached tokens and tokens of a sequence's first request
         self._busy_since: float | None = None
 
     def set_workload(self, work: Workload, rows: Sequence[int] | None = None) -> None:
         """What the requests to come will do."""
         self.tool.workload, self.rows = work, list(range(len(work.turns)) if rows is None else rows)
+        for row, turns in enumerate(work.turns):  # not while the clock runs
+            for turn in range(len(turns)):
+                self.call_ids(row, turn)
         self.reset()
 
     def turn_of(self, row: int, length: int) -> tuple[int, int]:
@@ -152,7 +163,7 @@ class FixedTurns(Sampler):
         began = time.perf_counter()
         completions = self.inner.step()
         ended = time.perf_counter()
-        self.seconds_in_step += ended - began
+        self.seconds_in_engine += ended - began
         if not self.inner.num_unfinished and self._busy_since is not None:
             self.seconds_with_work += ended - self._busy_since
             self._busy_since = None
@@ -184,7 +195,7 @@ class FixedTurns(Sampler):
     @property
     def idle_share(self) -> float:
         """Time in which the engine had requests and did not run, over the time in which it had requests."""
-        return 1 - self.seconds_in_step / self.seconds_with_work
+        return 1 - self.seconds_in_engine / self.seconds_with_work
 
     def start(self, checkpoint: str, tokenizer: Any, *, max_length: int) -> None:
         """Started already."""
@@ -205,8 +216,22 @@ class Bench:
         self.engine.start(checkpoint, tokenizer, max_length=MAX_LENGTH)
         self.engine._eos_token_ids = frozenset()  # a turn ends when the workload says so
         self.sampler = FixedTurns(self.engine, tokenizer)
+        self._time_intake()
         limits = RolloutLimits(PROMPT_TOKENS, MAX_LENGTH - PROMPT_TOKENS, max_tool_calls=16, tool_workers=POOL)
         self.loop = RolloutLoop(self.sampler, [self.sampler.tool], tokenizer, limits)
+
+    def _time_intake(self) -> None:
+        engine: Any = self.engine._engine
+        take_in = engine.add_request
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return take_in(*args, **kwargs)
+            finally:
+                self.sampler.seconds_in_engine += time.perf_counter() - began
+
+        engine.add_request = timed
 
     def tasks(self, count: int) -> list[Task]:
         """Prompts without a common beginning."""
@@ -365,16 +390,19 @@ def seconds(action: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
-def compare(rounds: int, work: Workload, **contestants: Callable[[Workload], float]) -> dict[str, Any]:
+def compare(rounds: int, draw: Callable[[int], Workload], **contestants: Callable[[Workload], float]) -> dict[str, Any]:
     """Seconds of each contestant by round, in turns; the order is reversed every other round."""
     measured: dict[str, list[float]] = {name: [] for name in contestants}
     cpu: dict[str, list[float]] = {name: [] for name in contestants}
+    tokens = []
     for number in range(rounds):
+        work = draw(number)
+        tokens.append(work.tokens)
         for name in list(contestants)[:: 1 if number % 2 == 0 else -1]:
             began = time.thread_time()
             measured[name].append(contestants[name](work))
             cpu[name].append(time.thread_time() - began)
-    return {"sequences": len(work.turns), "tokens": work.tokens, "seconds": measured, "cpu_seconds": cpu}
+    return {"tokens": tokens, "seconds": measured, "cpu_seconds": cpu}
 
 
 def ratio(slow: Sequence[float], fast: Sequence[float]) -> float:
@@ -382,60 +410,113 @@ def ratio(slow: Sequence[float], fast: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
 
 
-def measure(bench: Bench, *, rounds: int, sequences: int, many: int) -> dict[str, Any]:
-    """All rows."""
-    tools = (0.05, 0.3)
-    idle: list[float] = []
+class Table:
+    """Rows, printed as they are measured.
 
-    def loop(work: Workload) -> float:
-        taken = bench.run_loop(work)
-        idle.append(bench.sampler.idle_share)
-        return taken
+    Args:
+        bench: the contestants.
+        rounds: of each row.
+        only: parts of names; other rows are left out. Empty: all.
+    """
 
-    rows: dict[str, Any] = {}
+    def __init__(self, bench: Bench, rounds: int, only: Sequence[str]) -> None:
+        self._bench, self._rounds, self._only = bench, rounds, only
+        self.rows: dict[str, dict[str, Any]] = {}
+        print(f"{'':34}{'against':14}{'other, s':>9}{'loop, s':>9}{'ratio':>7}{'cpu':>7}{'idle':>7}")
 
-    def compare_with(against: str, contestant: Callable[[Workload], float], name: str, work: Workload) -> None:
-        idle.clear()
-        row = compare(rounds, work, other=contestant, loop=loop)
+    def _wanted(self, name: str) -> bool:
+        return not self._only or any(part in name for part in self._only)
+
+    def compare(
+        self, against: str, name: str, contestant: Callable[[Workload], float], count: int, **work: Any
+    ) -> None:
+        """The loop against one contestant, on ``workload(count, **work)``."""
+        name = f"{name}, {count}"
+        if not self._wanted(name):
+            return
+        idle: list[float] = []
+
+        def loop(drawn: Workload) -> float:
+            taken = self._bench.run_loop(drawn)
+            idle.append(self._bench.sampler.idle_share)
+            return taken
+
+        work = {"turns": 4, "tools": None, **work}
+        row = compare(self._rounds, lambda n: workload(count, **work, draw=n), other=contestant, loop=loop)
         row["ratio"] = ratio(row["seconds"]["other"], row["seconds"]["loop"])
         row["cpu_ratio"] = ratio(row["cpu_seconds"]["other"], row["cpu_seconds"]["loop"])
-        rows[f"{name}, {len(work.turns)}"] = {**row, "against": against, "idle_share": statistics.median(idle)}
+        self._add(name, {**row, "against": against, "idle_share": statistics.median(idle)})
 
-    for count in (sequences, many):
-        compare_with("bare engine", bench.run_engine, "one turn", workload(count, 1, tools=None))
-    compare_with("bare engine", bench.run_engine, "4 turns, tools at once", workload(sequences, 4, tools=None))
-    compare_with("bare engine", bench.run_engine, "4 turns, tools 50-300 ms", workload(many, 4, tools=tools))
-    for count in (sequences, many):
-        lock_rows = {
-            "4 turns each, 50-300 ms": workload(count, 4, tools=tools),
-            "1-7 turns, 50-300 ms": workload(count, 4, tools=tools, vary=True),
-            "1-7 turns, one in 50 3 s": workload(count, 4, tools=tools, slow_every=50, vary=True),
-        }
-        for name, work in lock_rows.items():
-            compare_with("lock step", bench.run_lock_step, name, work)
-    for name, kind in (("tools at once", None), ("50-300 ms", tools)):
-        for roots, each in ((8, 1), (4, 3)):
-            work = workload(sequences, 4, tools=kind)
-            found = [
-                bench.run_branches(work, roots=roots, branches_per_root=each, branches_first=number % 2 == 0)
-                for number in range(rounds)
-            ]
-            rows[f"{each} branches of {sequences}, {name}"] = {
+    def branches(self, name: str, roots: int, each: int, count: int, **work: Any) -> None:
+        """Branches against as many new rollouts, and roots with branches against as many roots.
+
+        Args:
+            name: of the workload.
+            roots: of a prompt.
+            each: branches of a root.
+            count: trajectories in all.
+            work: as in ``workload``.
+        """
+        as_new, as_grpo = f"{each} a root, {name}", f"{roots} + {roots * each} a prompt, {name}"
+        if not (self._wanted(as_new) or self._wanted(as_grpo)):
+            return
+        found = [
+            self._bench.run_branches(
+                workload(count // (1 + each), 4, draw=n, **work),
+                roots=roots,
+                branches_per_root=each,
+                branches_first=n % 2 == 0,
+            )
+            for n in range(self._rounds)
+        ]
+        seconds = {key: [one[key] for one in found] for key in ("roots", "branches", "independent", "grpo")}
+        tree = [a + b for a, b in zip(seconds["roots"], seconds["branches"], strict=True)]
+        self._add(
+            as_new,
+            {
                 "against": "new rollouts",
-                "seconds": {"other": [one["independent"] for one in found], "loop": [one["branches"] for one in found]},
-                "ratio": statistics.median(one["independent"] / one["branches"] for one in found),
+                "seconds": {"other": seconds["independent"], "loop": seconds["branches"]},
+                "ratio": ratio(seconds["independent"], seconds["branches"]),
                 "cached_prefix_share": statistics.median(one["cached"] for one in found),
                 "sampled_token_share": statistics.median(one["token_share"] for one in found),
-            }
-            rows[f"{roots} + {roots * each} a prompt, {name}"] = {
+            },
+        )
+        self._add(
+            as_grpo,
+            {
                 "against": "GRPO",
-                "seconds": {
-                    "other": [one["grpo"] for one in found],
-                    "loop": [one["roots"] + one["branches"] for one in found],
-                },
-                "ratio": statistics.median(one["grpo"] / (one["roots"] + one["branches"]) for one in found),
-            }
-    return rows
+                "seconds": {"other": seconds["grpo"], "loop": tree},
+                "ratio": ratio(seconds["grpo"], tree),
+            },
+        )
+
+    def _add(self, name: str, row: dict[str, Any]) -> None:
+        self.rows[name] = row
+        other, loop = (statistics.median(row["seconds"][key]) for key in ("other", "loop"))
+        line = f"{name:34}{row['against']:14}{other:9.2f}{loop:9.2f}{row['ratio']:7.2f}"
+        # A loop that waits for tools burns no CPU time: only the bare engine does the same work.
+        line += f"{row['cpu_ratio']:7.2f}" if row["against"] == "bare engine" else " " * 7
+        print(line + (f"{row['idle_share']:7.1%}" if "idle_share" in row else ""), flush=True)
+        if "cached_prefix_share" in row:
+            print(f"{'  prefix tokens from the cache':48}{row['cached_prefix_share']:25.1%}")
+            print(f"{'  tokens to sample, of a new rollout':48}{row['sampled_token_share']:25.1%}", flush=True)
+
+
+def measure(bench: Bench, table: Table, *, sequences: int, many: int) -> None:
+    """All rows."""
+    tools = (0.05, 0.3)
+    for count in (sequences, many):
+        table.compare("bare engine", "one turn", bench.run_engine, count, turns=1)
+    table.compare("bare engine", "4 turns, tools at once", bench.run_engine, sequences)
+    table.compare("bare engine", "4 turns, 50-300 ms", bench.run_engine, many, tools=tools)
+    for count in (sequences, many):
+        lock_step = bench.run_lock_step
+        table.compare("lock step", "4 turns each, 50-300 ms", lock_step, count, tools=tools)
+        table.compare("lock step", "1-7 turns, 50-300 ms", lock_step, count, tools=tools, vary=True)
+        table.compare("lock step", "1-7 turns, one in 50 3 s", lock_step, count, tools=tools, vary=True, slow_every=50)
+    for kind, name in ((None, "tools at once"), (tools, "50-300 ms")):
+        for roots, each in ((8, 1), (4, 3)):
+            table.branches(name, roots, each, many, tools=kind)
 
 
 def main() -> None:
@@ -446,6 +527,7 @@ def main() -> None:
     parser.add_argument("--many", type=int, default=256, help="sequences where the tail should not count")
     parser.add_argument("--slots", type=int, default=64, help="sequences that the engine generates side by side")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", nargs="*", default=[], help="parts of the names of rows to measure (default: all)")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args()
 
@@ -464,17 +546,8 @@ def main() -> None:
         contestant(workload(16, 2, tools=None))
 
     load = os.getloadavg()[0]
-    rows = measure(bench, rounds=options.rounds, sequences=options.sequences, many=options.many)
-    print(f"{'':32}{'against':14}{'other, s':>9}{'loop, s':>9}{'ratio':>7}{'cpu':>7}{'idle':>7}")
-    for name, row in rows.items():
-        other, loop = (statistics.median(row["seconds"][key]) for key in ("other", "loop"))
-        line = f"{name:32}{row['against']:14}{other:9.2f}{loop:9.2f}{row['ratio']:7.2f}"
-        # A loop that waits for tools burns no CPU time: only the bare engine does the same work.
-        line += f"{row['cpu_ratio']:7.2f}" if row["against"] == "bare engine" else " " * 7
-        print(line + (f"{row['idle_share']:7.1%}" if "idle_share" in row else ""))
-        if "cached_prefix_share" in row:
-            print(f"{'  prefix tokens from the cache':46}{row['cached_prefix_share']:25.1%}")
-            print(f"{'  tokens to sample, of a new rollout':46}{row['sampled_token_share']:25.1%}")
+    table = Table(bench, options.rounds, options.only)
+    measure(bench, table, sequences=options.sequences, many=options.many)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         figures = {
@@ -482,7 +555,7 @@ def main() -> None:
             "load_average": load,
             "rounds": options.rounds,
             "slots": options.slots,
-            "rows": rows,
+            "rows": table.rows,
         }
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
     bench.engine.close()
