@@ -40,6 +40,7 @@ class Trees:
     branches: int
     hidden: int = 128
     layers: int = 2
+    instructions: int = 0  # tokens that all prompts begin with
 
 
 SHAPES = (
@@ -49,6 +50,9 @@ SHAPES = (
     Trees("long prompt", 1, 1024, 128, 8, 0, hidden=256),
     Trees("long prompt, branches", 1, 1024, 128, 4, 4, hidden=256),
     Trees("long response", 1, 128, 768, 8, 0, hidden=256),
+    Trees("common instructions", 16, 32, 64, 1, 0, hidden=256, instructions=256),
+    Trees("nothing shared, short", 64, 20, 60, 1, 0),
+    Trees("nothing shared, long", 4, 128, 768, 1, 0, hidden=256),
 )
 
 
@@ -138,8 +142,8 @@ def compare_vocabulary(lengths: list[int], chunk: int, rounds: int) -> list[dict
     return rows
 
 
-def sample_trees(shape: Trees) -> tuple[Any, Any, Any, Any]:
-    """Token ids, lengths, mask and prompt of random rollouts."""
+def sample_trees(shape: Trees) -> tuple[Any, Any, Any]:
+    """Token ids, lengths and mask of random rollouts."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -147,24 +151,25 @@ def sample_trees(shape: Trees) -> tuple[Any, Any, Any, Any]:
     def some(count: int) -> list[int]:
         return torch.randint(5, 500, (count,), generator=generator).tolist()
 
-    rows, starts, prompts = [], [], []
-    for prompt in range(shape.prompts):
-        start = some(shape.prompt_tokens)
+    rows, starts = [], []
+    instructions = some(shape.instructions)
+    prompt_tokens = shape.instructions + shape.prompt_tokens
+    for _ in range(shape.prompts):
+        start = instructions + some(shape.prompt_tokens)
         spread = max(1, shape.response_tokens // 2)
         sizes = (shape.response_tokens - spread // 2 + torch.randint(spread, (8,), generator=generator)).tolist()
         roots = [start + some(sizes[n % 8]) for n in range(shape.roots)]
-        kept = shape.prompt_tokens + shape.response_tokens // 2
+        kept = prompt_tokens + shape.response_tokens // 2
         branches = [roots[n % shape.roots][:kept] + some(shape.response_tokens // 2) for n in range(shape.branches)]
         rows += roots + branches
-        starts += [shape.prompt_tokens] * shape.roots + [kept] * shape.branches
-        prompts += [prompt] * (shape.roots + shape.branches)
+        starts += [prompt_tokens] * shape.roots + [kept] * shape.branches
     lengths = torch.tensor([len(row) for row in rows])
     ids = torch.zeros((len(rows), int(lengths.max())), dtype=torch.long)
     for n, row in enumerate(rows):
         ids[n, : len(row)] = torch.tensor(row)
     positions = torch.arange(ids.shape[1])[None]
     mask = (positions >= torch.tensor(starts)[:, None]) & (positions < lengths[:, None])
-    return ids, lengths, mask, torch.tensor(prompts)
+    return ids, lengths, mask
 
 
 def compare_prefixes(shape: Trees, *, budget: int, rounds: int) -> dict[str, Any]:
@@ -174,13 +179,14 @@ def compare_prefixes(shape: Trees, *, budget: int, rounds: int) -> dict[str, Any
     from appo_lightning.batching import split_by_tokens
     from appo_lightning.policy.causal_lm import CausalPolicy
     from appo_lightning.policy.options import PolicyOptions
-    from appo_lightning.policy.tree_packing import pack_trees, plan_packs
+    from appo_lightning.policy.tree_packing import pack_tree, plan_packs
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         path = save_policy(Path(folder), vocabulary=512, hidden=shape.hidden, layers=shape.layers)
         policy = CausalPolicy(PolicyOptions(path)).train()
-    ids, lengths, mask, prompts = sample_trees(shape)
+    policy.share_prefixes()
+    ids, lengths, mask = sample_trees(shape)
     tokens = {"separate": int(lengths.sum()), "shared": 0}
 
     def step(rows: Any, packing: Any) -> float:
@@ -194,14 +200,12 @@ def compare_prefixes(shape: Trees, *, budget: int, rounds: int) -> dict[str, Any
         return sum(step(rows, None) for rows in split_by_tokens(lengths, budget))
 
     def shared() -> float:
-        packs = plan_packs(ids, lengths, prompts, budget=budget)
-        sizes = torch.tensor([pack.length for pack in packs])
-        tokens["shared"] = int(sizes.sum())
+        packs = plan_packs(ids, lengths, budget=budget)
+        tokens["shared"] = sum(pack.length for pack in packs)
         total = 0.0
-        for chosen in split_by_tokens(sizes, budget):
-            together = [packs[n] for n in chosen.tolist()]
-            rows = torch.tensor([row for pack in together for row in pack.rows])
-            total += step(rows, pack_trees(ids[rows], lengths[rows], together))
+        for pack in packs:
+            rows = torch.tensor(pack.rows)
+            total += step(rows, pack_tree(ids[rows], lengths[rows], pack))
         return total
 
     seconds: dict[str, list[float]] = {"separate": [], "shared": []}

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from appo_lightning.algorithm import clipped_policy_loss, kl_penalty, truncated_importance_weight
@@ -29,7 +30,7 @@ from appo_lightning.metrics import MetricSums, log_metrics
 from appo_lightning.policy.causal_lm import TokenScores
 from appo_lightning.policy.options import OptimizerOptions, PolicyOptions
 from appo_lightning.policy.snapshot import PolicySnapshot
-from appo_lightning.policy.tree_packing import TreePacking, pack_trees, plan_packs
+from appo_lightning.policy.tree_packing import TreePacking, pack_tree, plan_packs
 from appo_lightning.policy_module import PolicyModule, require_budget
 from appo_lightning.rollout.serialise import tree_to_dict
 from appo_lightning.types import Trajectory
@@ -84,7 +85,7 @@ class _Chunk:
     """Rows of one forward pass."""
 
     rows: Tensor  # [b] row numbers
-    lengths: Tensor  # tokens of what is computed and padded to one length: rows, or packs of them
+    lengths: Tensor  # tokens of what is computed and padded to one length: the rows, or a pack of them
     packing: TreePacking | None = None
 
 
@@ -109,8 +110,8 @@ class AppoModule(PolicyModule):
         loss: the clipped policy loss.
         micro_batch_tokens: tokens of one forward and backward pass, padding included; a longer row still goes alone.
         score_batch_tokens: the same for forward passes without gradient.
-        shared_prefixes: compute the prompt that roots share, and the prefix that a branch shares with its root, once.
-            Pays where prompts are long; needs sdpa or eager attention, without sliding windows.
+        shared_prefixes: compute what rows have in common once: instructions, a prompt's roots, a branch's prefix. Needs
+            sdpa attention without sliding windows; "auto" does it where the model can.
     """
 
     def __init__(
@@ -120,13 +121,14 @@ class AppoModule(PolicyModule):
         loss: LossOptions = LossOptions(),  # noqa: B008  # likewise
         micro_batch_tokens: int = 16384,
         score_batch_tokens: int = 32768,
-        shared_prefixes: bool = False,
+        shared_prefixes: bool | Literal["auto"] = "auto",
     ) -> None:
         super().__init__(policy, optimizer, micro_batch_tokens)
         require_budget("score_batch_tokens", score_batch_tokens)
         self.loss_options = loss
         self.score_batch_tokens = score_batch_tokens
         self.shared_prefixes = shared_prefixes
+        self._shares_prefixes = False  # until the policy is there and can
         self._reference: PolicySnapshot | None = None
         self._phase_start: PolicySnapshot | None = None
         self._previous: PolicySnapshot | None = None
@@ -141,10 +143,8 @@ class AppoModule(PolicyModule):
 
     def score(self, trajectories: Sequence[Trajectory], *, temperature: float) -> list[TraceScores]:
         """Log-probs and entropies of the sampled tokens with the current weights, in the order given."""
-        numbers: dict[tuple[int, ...], int] = {}
-        prompts = [numbers.setdefault(tuple(t.prompt_ids), len(numbers)) for t in trajectories]
         with self.scoring():
-            scored = self._score_rows(pad_trajectories(trajectories), torch.tensor(prompts), temperature)
+            scored = self._score_rows(pad_trajectories(trajectories), temperature)
         return [
             TraceScores(
                 scored.logprobs[row, (start := len(t.prompt_ids)) : start + len(t.response_ids)].clone(),
@@ -177,11 +177,11 @@ class AppoModule(PolicyModule):
     def _datamodule(self) -> Any:
         return self.trainer.datamodule  # type: ignore[attr-defined]
 
-    def _score_rows(self, sequences: PaddedSequences, prompts: Tensor, temperature: float) -> TokenScores:
+    def _score_rows(self, sequences: PaddedSequences, temperature: float) -> TokenScores:
         """Scores [B, L] on the CPU, in chunks of similar length; every rank runs the same number of forwards."""
         logprobs = torch.zeros(sequences.mask.shape)
         entropies = torch.zeros(sequences.mask.shape)
-        chunks = self._split(sequences, prompts, self.score_batch_tokens)
+        chunks = self._split(sequences, self.score_batch_tokens)
         for index in range(self.global_max(len(chunks))):
             chunk = chunks[index] if index < len(chunks) else None
             part = (_one_token() if chunk is None else sequences.rows(chunk.rows)).to(self.device)
@@ -195,25 +195,28 @@ class AppoModule(PolicyModule):
                 entropies[chunk.rows, :width] = scored.entropies.cpu()
         return TokenScores(logprobs, entropies)
 
-    def _split(self, sequences: PaddedSequences, prompts: Tensor, budget: int) -> list[_Chunk]:
-        """Rows [B] of some prompts [B], on the CPU, in chunks of at most ``budget`` tokens."""
-        if not self.shared_prefixes:
+    def _split(self, sequences: PaddedSequences, budget: int) -> list[_Chunk]:
+        """Rows, on the CPU, in chunks of at most ``budget`` tokens."""
+        if not self._shares_prefixes:
             return [_Chunk(rows, sequences.lengths[rows]) for rows in split_by_tokens(sequences.lengths, budget)]
-        packs = plan_packs(sequences.token_ids, sequences.lengths, prompts, budget=budget)
-        lengths = torch.tensor([pack.length for pack in packs], dtype=torch.long)
         chunks = []
-        for chosen in split_by_tokens(lengths, budget):
-            together = [packs[index] for index in chosen.tolist()]
-            rows = torch.tensor([row for pack in together for row in pack.rows])
-            part = sequences.rows(rows)
-            chunks.append(_Chunk(rows, lengths[chosen], pack_trees(part.token_ids, part.lengths, together)))
+        for pack in plan_packs(sequences.token_ids, sequences.lengths, budget=budget):
+            part = sequences.rows(rows := torch.tensor(pack.rows))
+            chunks.append(_Chunk(rows, torch.tensor([pack.length]), pack_tree(part.token_ids, part.lengths, pack)))
         return chunks
 
     # --- training ----------------------------------------------------------------------------------------------------
 
     def check_policy(self) -> None:
-        if self.shared_prefixes:
-            self.policy.require_tree_attention()
+        if not self.shared_prefixes:
+            return
+        try:
+            self.policy.share_prefixes()
+            self._shares_prefixes = True
+        except ConfigurationError as error:
+            if self.shared_prefixes != "auto":
+                raise
+            rank_zero_info(f"Common beginnings of sequences are computed for each of them: {error}")
 
     def on_policy_built(self) -> None:
         if self.loss_options.kl != "none":
@@ -281,13 +284,13 @@ class AppoModule(PolicyModule):
 
     def _micro_batches(self, batch: ProcedureBatch, metrics: MetricSums) -> list[_MicroBatch]:
         assert batch.advantages is not None
-        everything, prompts = batch.sequences.to(torch.device("cpu")), batch.prompt_index.cpu()
+        everything = batch.sequences.to(torch.device("cpu"))
         reference = None
         if self._reference is not None:
             with self._reference.active(), self.scoring():
-                reference = self._score_rows(everything, prompts, batch.temperature).logprobs
+                reference = self._score_rows(everything, batch.temperature).logprobs
         parts = []
-        for chunk in self._split(everything, prompts, self.micro_batch_tokens):
+        for chunk in self._split(everything, self.micro_batch_tokens):
             rows, tokens = chunk.rows, int(everything.lengths[chunk.rows].sum())
             metrics.add_sum("time/padding_share", *padding_of(chunk.lengths))
             metrics.add_sum("time/shared_token_share", tokens - int(chunk.lengths.sum()), tokens)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -172,6 +173,32 @@ def test_shared_prefixes_change_nothing(checkpoint, tokens) -> None:
         assert saved[1] > every_prompt_once  # and the branches' prefixes
     else:
         assert saved[1] > 0
+
+
+def test_auto_shares_where_the_model_can_and_says_where_it_cannot(
+    checkpoint, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Run(checkpoint, max_steps=1, shared_prefixes="auto")
+    assert train(run)[2].steps[1]["time/shared_token_share"] > 0
+    assert "Common beginnings" not in caplog.text
+
+    run.checkpoint = save_with_sliding_windows(checkpoint, tmp_path)
+    with caplog.at_level("INFO"):
+        assert train(run)[2].steps[1]["time/shared_token_share"] == 0
+    assert "Common beginnings of sequences are computed for each of them: " in caplog.text
+    assert "has layers of sliding_attention" in caplog.text
+    run.shared_prefixes = True
+    with pytest.raises(ConfigurationError, match=r"sliding_attention; set model\.shared_prefixes: false"):
+        train(run)
+
+
+def save_with_sliding_windows(checkpoint: str, directory: Path) -> str:
+    """A copy whose only layer sees 64 tokens."""
+    copied = shutil.copytree(checkpoint, directory / "sliding")
+    config = json.loads((copied / "config.json").read_text())
+    config |= {"use_sliding_window": True, "sliding_window": 64, "layer_types": ["sliding_attention"]}
+    (copied / "config.json").write_text(json.dumps(config))
+    return str(copied)
 
 
 @pytest.mark.parametrize("name", ["micro_batch_tokens", "score_batch_tokens"])
