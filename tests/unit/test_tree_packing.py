@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -65,7 +66,7 @@ def test_a_tree_is_laid_out_row_by_row() -> None:
 def test_a_row_that_shares_more_than_half_asks_for_the_rest_alone() -> None:
     # Ten tokens, of which a second row shares 5 and a third 6: 4 * 10 < 10 * 10 / 2 pairs.
     first, half, more = list(range(10)), [*range(5), *range(10, 15)], [*range(6), *range(15, 19)]
-    place = torch.tensor([first, half, more])
+    place = np.array([first, half, more])
     whole, added = plan_row_attention(place, [10] * 3, [0, 5, 6]).groups
     assert whole.queries.tolist() == whole.keys.tolist() == [first, half]
     assert whole.bias(torch.float32) is None
@@ -77,7 +78,7 @@ def test_a_row_that_shares_more_than_half_asks_for_the_rest_alone() -> None:
 
 def test_masks_stay_small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tree_attention, "_MASK_ENTRIES", 50)
-    place = torch.tensor([list(range(10)), [*range(7), 10, 11, 12], [*range(6), *range(13, 17)]])
+    place = np.array([list(range(10)), [*range(7), 10, 11, 12], [*range(6), *range(13, 17)]])
     # 3 * 10 entries fit, 4 * 10 more do not: the row that saves less asks whole.
     whole, added = plan_row_attention(place, [10] * 3, [0, 7, 6]).groups
     assert whole.keys.tolist() == place[[0, 2]].tolist()
@@ -87,7 +88,7 @@ def test_masks_stay_small(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rows_of_different_length_ask_in_different_calls_where_padding_would_cost_more() -> None:
     lengths = [200, 190, 20, 10]
     place = torch.arange(420).split(lengths)
-    padded_place = torch.nn.utils.rnn.pad_sequence(place, batch_first=True)
+    padded_place = torch.nn.utils.rnn.pad_sequence(place, batch_first=True).numpy()
     groups = plan_row_attention(padded_place, lengths, [0] * 4).groups
     # 200 and 190 waste 3,900 of 80,000 pairs; a row of 20 beside them 39,600.
     assert [tuple(group.keys.shape) for group in groups] == [(2, 200), (2, 20)]

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -66,7 +67,7 @@ class RowAttention:
         return RowAttention(groups, self.source.to(device))
 
 
-def plan_row_attention(place: Tensor, lengths: Sequence[int], shared: Sequence[int]) -> RowAttention:
+def plan_row_attention(place: np.ndarray, lengths: Sequence[int], shared: Sequence[int]) -> RowAttention:
     """Decide how each row asks, and which rows ask together.
 
     Args:
@@ -76,7 +77,7 @@ def plan_row_attention(place: Tensor, lengths: Sequence[int], shared: Sequence[i
     """
     rows = [row for row, length in enumerate(lengths) if length > shared[row]]
     added = _rows_that_ask_for_added(rows, lengths, shared)
-    groups, source, offset = [], torch.zeros(int(place.max()) + 1, dtype=torch.long), 0
+    groups, source, offset = [], np.zeros(int(place.max()) + 1, dtype=np.int64), 0
     for masked in (False, True):
         chosen = [row for row in rows if (row in added) == masked]
         first = [shared[row] if masked else 0 for row in range(len(lengths))]
@@ -85,10 +86,10 @@ def plan_row_attention(place: Tensor, lengths: Sequence[int], shared: Sequence[i
             width = group.queries.shape[1]
             for index, row in enumerate(members):
                 own = slice(shared[row], lengths[row])
-                source[place[row, own]] = offset + index * width + torch.arange(own.start, own.stop) - first[row]
+                source[place[row, own]] = np.arange(own.start, own.stop) + offset + index * width - first[row]
             groups.append(group if masked else RowGroup(group.keys, group.queries, None))
             offset += group.queries.numel()
-    return RowAttention(groups, source)
+    return RowAttention(groups, torch.from_numpy(source))
 
 
 def _rows_that_ask_for_added(rows: Iterable[int], lengths: Sequence[int], shared: Sequence[int]) -> set[int]:
@@ -121,12 +122,12 @@ def _of_similar_length(rows: Iterable[int], lengths: Sequence[int], first: Seque
     return groups
 
 
-def _group(place: Tensor, rows: Sequence[int], lengths: Sequence[int], first: Sequence[int]) -> RowGroup:
+def _group(place: np.ndarray, rows: Sequence[int], lengths: Sequence[int], first: Sequence[int]) -> RowGroup:
     keys = place[rows, : max(lengths[row] for row in rows)]
-    queries = torch.zeros((len(rows), max(lengths[row] - first[row] for row in rows)), dtype=torch.long)
+    queries = np.zeros((len(rows), max(lengths[row] - first[row] for row in rows)), dtype=np.int64)
     for index, row in enumerate(rows):
         queries[index, : lengths[row] - first[row]] = place[row, first[row] : lengths[row]]
-    return RowGroup(keys, queries, torch.tensor([first[row] for row in rows]))
+    return RowGroup(torch.from_numpy(keys), torch.from_numpy(queries), torch.tensor([first[row] for row in rows]))
 
 
 def use_tree_attention(model: Any, *, enabled: bool) -> None:
