@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python tools/bench_update.py --json runs/bench_update.json
 
-First table: one row of tokens, a body of one small layer, a large vocabulary. Each case runs in a process of its own;
+First table: one row of tokens, a body of one small layer, two vocabularies. Each case runs in a process of its own;
 its memory is the high-water mark of the resident set (VmHWM of /proc/self/status, Linux) over the resident set just
 before, so weights and libraries are not in it, gradients are. Second table: a random policy on trees of rollouts, the
 two ways in one process. The two sides of a ratio always take turns, so that a busy machine slows both; figures are
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-VOCABULARY = 151_936
+VOCABULARIES = [32_768, 151_936]
 HIDDEN = 64
 
 
@@ -89,7 +89,7 @@ def resident_mb(field: str) -> float:
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
 
 
-def vocabulary_case(path: str, tokens: int, chunk: int | None) -> dict[str, float]:
+def vocabulary_case(path: str, vocabulary: int, tokens: int, chunk: int | None) -> dict[str, float]:
     """Memory and speed of one forward and backward pass; ``chunk`` None: all logits at once."""
     import torch
 
@@ -101,7 +101,7 @@ def vocabulary_case(path: str, tokens: int, chunk: int | None) -> dict[str, floa
     generator = torch.Generator().manual_seed(0)
 
     def update(count: int) -> None:
-        ids = torch.randint(VOCABULARY, (1, count), generator=generator)
+        ids = torch.randint(vocabulary, (1, count), generator=generator)
         if chunk is None:
             log_p = policy.model(input_ids=ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
             logprobs = log_p.gather(-1, ids[:, 1:, None])
@@ -120,20 +120,23 @@ def vocabulary_case(path: str, tokens: int, chunk: int | None) -> dict[str, floa
     return {"peak_mb": resident_mb("VmHWM") - before, "tokens_per_second": tokens / seconds}
 
 
-def in_own_process(path: str, tokens: int, chunk: int | None) -> dict[str, float]:
+def in_own_process(*case: Any) -> dict[str, float]:
     """``vocabulary_case`` in a fresh interpreter."""
-    command = [sys.executable, __file__, "--case", json.dumps([path, tokens, chunk])]
+    command = [sys.executable, __file__, "--case", json.dumps(case)]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
 
-def compare_vocabulary(lengths: list[int], chunk: int, rounds: int) -> list[dict[str, Any]]:
+def compare_vocabulary(vocabulary: int, lengths: list[int], chunk: int, rounds: int) -> list[dict[str, Any]]:
     """Chunked against plain, by length."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        path = save_policy(Path(folder), vocabulary=VOCABULARY, hidden=HIDDEN, layers=1)
+        path = save_policy(Path(folder), vocabulary=vocabulary, hidden=HIDDEN, layers=1)
         for tokens in lengths:
-            pairs = [(in_own_process(path, tokens, None), in_own_process(path, tokens, chunk)) for _ in range(rounds)]
-            row: dict[str, Any] = {"tokens": tokens, "chunk": chunk}
+            pairs = [
+                (in_own_process(path, vocabulary, tokens, None), in_own_process(path, vocabulary, tokens, chunk))
+                for _ in range(rounds)
+            ]
+            row: dict[str, Any] = {"vocabulary": vocabulary, "tokens": tokens, "chunk": chunk}
             for field in ("peak_mb", "tokens_per_second"):
                 row[f"plain_{field}"] = statistics.median(plain[field] for plain, _ in pairs)
                 row[f"chunked_{field}"] = statistics.median(chunked[field] for _, chunked in pairs)
@@ -233,6 +236,7 @@ def main() -> None:
     """Measure, print the tables, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="*", default=[1024, 2048, 4096], help="tokens of the first table")
+    parser.add_argument("--vocabularies", type=int, nargs="*", default=VOCABULARIES, help="of the first table")
     parser.add_argument("--chunk", type=int, default=1024, help="logit_chunk of the first table (default 1024)")
     parser.add_argument("--budget", type=int, default=16384, help="micro_batch_tokens of the second table")
     parser.add_argument("--shapes", nargs="*", help="shapes of the second table, by name (default all; none skips it)")
@@ -244,13 +248,16 @@ def main() -> None:
         print(json.dumps(vocabulary_case(*json.loads(options.case))))
         return
 
-    vocabulary = compare_vocabulary(options.lengths, options.chunk, options.rounds)
-    print(f"V = {VOCABULARY:,}, chunk {options.chunk}: {'plain':>20}{'chunked':>12}{'chunked / plain':>17}")
-    for row in vocabulary:
-        for field, unit in (("peak_mb", "peak, MB"), ("tokens_per_second", "tokens/s")):
-            name = f"{row['tokens']:,} tokens, {unit}"
-            plain, chunked = row[f"plain_{field}"], row[f"chunked_{field}"]
-            print(f"{name:34}{plain:12,.0f}{chunked:12,.0f}{row[f'ratio_{field}']:17.2f}")
+    vocabulary = []
+    for size in options.vocabularies if options.lengths else []:
+        print(f"{f'V = {size:,}, chunk {options.chunk}:':34}{'plain':>12}{'chunked':>12}{'chunked / plain':>17}")
+        rows = compare_vocabulary(size, options.lengths, options.chunk, options.rounds)
+        vocabulary += rows
+        for row in rows:
+            for field, unit in (("peak_mb", "peak, MB"), ("tokens_per_second", "tokens/s")):
+                name = f"{row['tokens']:,} tokens, {unit}"
+                plain, chunked = row[f"plain_{field}"], row[f"chunked_{field}"]
+                print(f"{name:34}{plain:12,.0f}{chunked:12,.0f}{row[f'ratio_{field}']:17.2f}", flush=True)
     wanted = [shape for shape in SHAPES if options.shapes is None or shape.name in options.shapes]
     prefixes = []
     print(f"{'trained tokens/s':34}{'separate':>12}{'shared':>12}{'computed':>10}{'speed-up':>10}")
