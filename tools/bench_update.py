@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python tools/bench_update.py --json runs/bench_update.json
 
-First table: one row of tokens, a body of one small layer, a large vocabulary. Each case runs in a process of its own;
+First table: one row of tokens, a body of one small layer, two vocabularies. Each case runs in a process of its own;
 its memory is the high-water mark of the resident set (VmHWM of /proc/self/status, Linux) over the resident set just
 before, so weights and libraries are not in it, gradients are. Second table: a random policy on trees of rollouts, the
 two ways in one process. The two sides of a ratio always take turns, so that a busy machine slows both; figures are
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-VOCABULARY = 151_936
+VOCABULARIES = [32_768, 151_936]
 HIDDEN = 64
 
 
@@ -40,6 +40,7 @@ class Trees:
     branches: int
     hidden: int = 128
     layers: int = 2
+    instructions: int = 0  # tokens that all prompts begin with
 
 
 SHAPES = (
@@ -49,6 +50,9 @@ SHAPES = (
     Trees("long prompt", 1, 1024, 128, 8, 0, hidden=256),
     Trees("long prompt, branches", 1, 1024, 128, 4, 4, hidden=256),
     Trees("long response", 1, 128, 768, 8, 0, hidden=256),
+    Trees("common instructions", 16, 32, 64, 1, 0, hidden=256, instructions=256),
+    Trees("nothing shared, short", 64, 20, 60, 1, 0),
+    Trees("nothing shared, long", 4, 128, 768, 1, 0, hidden=256),
 )
 
 
@@ -85,7 +89,7 @@ def resident_mb(field: str) -> float:
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
 
 
-def vocabulary_case(path: str, tokens: int, chunk: int | None) -> dict[str, float]:
+def vocabulary_case(path: str, vocabulary: int, tokens: int, chunk: int | None) -> dict[str, float]:
     """Memory and speed of one forward and backward pass; ``chunk`` None: all logits at once."""
     import torch
 
@@ -97,7 +101,7 @@ def vocabulary_case(path: str, tokens: int, chunk: int | None) -> dict[str, floa
     generator = torch.Generator().manual_seed(0)
 
     def update(count: int) -> None:
-        ids = torch.randint(VOCABULARY, (1, count), generator=generator)
+        ids = torch.randint(vocabulary, (1, count), generator=generator)
         if chunk is None:
             log_p = policy.model(input_ids=ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
             logprobs = log_p.gather(-1, ids[:, 1:, None])
@@ -116,20 +120,23 @@ def vocabulary_case(path: str, tokens: int, chunk: int | None) -> dict[str, floa
     return {"peak_mb": resident_mb("VmHWM") - before, "tokens_per_second": tokens / seconds}
 
 
-def in_own_process(path: str, tokens: int, chunk: int | None) -> dict[str, float]:
+def in_own_process(*case: Any) -> dict[str, float]:
     """``vocabulary_case`` in a fresh interpreter."""
-    command = [sys.executable, __file__, "--case", json.dumps([path, tokens, chunk])]
+    command = [sys.executable, __file__, "--case", json.dumps(case)]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
 
-def compare_vocabulary(lengths: list[int], chunk: int, rounds: int) -> list[dict[str, Any]]:
+def compare_vocabulary(vocabulary: int, lengths: list[int], chunk: int, rounds: int) -> list[dict[str, Any]]:
     """Chunked against plain, by length."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        path = save_policy(Path(folder), vocabulary=VOCABULARY, hidden=HIDDEN, layers=1)
+        path = save_policy(Path(folder), vocabulary=vocabulary, hidden=HIDDEN, layers=1)
         for tokens in lengths:
-            pairs = [(in_own_process(path, tokens, None), in_own_process(path, tokens, chunk)) for _ in range(rounds)]
-            row: dict[str, Any] = {"tokens": tokens, "chunk": chunk}
+            pairs = [
+                (in_own_process(path, vocabulary, tokens, None), in_own_process(path, vocabulary, tokens, chunk))
+                for _ in range(rounds)
+            ]
+            row: dict[str, Any] = {"vocabulary": vocabulary, "tokens": tokens, "chunk": chunk}
             for field in ("peak_mb", "tokens_per_second"):
                 row[f"plain_{field}"] = statistics.median(plain[field] for plain, _ in pairs)
                 row[f"chunked_{field}"] = statistics.median(chunked[field] for _, chunked in pairs)
@@ -138,8 +145,8 @@ def compare_vocabulary(lengths: list[int], chunk: int, rounds: int) -> list[dict
     return rows
 
 
-def sample_trees(shape: Trees) -> tuple[Any, Any, Any, Any]:
-    """Token ids, lengths, mask and prompt of random rollouts."""
+def sample_trees(shape: Trees) -> tuple[Any, Any, Any]:
+    """Token ids, lengths and mask of random rollouts."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -147,24 +154,25 @@ def sample_trees(shape: Trees) -> tuple[Any, Any, Any, Any]:
     def some(count: int) -> list[int]:
         return torch.randint(5, 500, (count,), generator=generator).tolist()
 
-    rows, starts, prompts = [], [], []
-    for prompt in range(shape.prompts):
-        start = some(shape.prompt_tokens)
+    rows, starts = [], []
+    instructions = some(shape.instructions)
+    prompt_tokens = shape.instructions + shape.prompt_tokens
+    for _ in range(shape.prompts):
+        start = instructions + some(shape.prompt_tokens)
         spread = max(1, shape.response_tokens // 2)
         sizes = (shape.response_tokens - spread // 2 + torch.randint(spread, (8,), generator=generator)).tolist()
         roots = [start + some(sizes[n % 8]) for n in range(shape.roots)]
-        kept = shape.prompt_tokens + shape.response_tokens // 2
+        kept = prompt_tokens + shape.response_tokens // 2
         branches = [roots[n % shape.roots][:kept] + some(shape.response_tokens // 2) for n in range(shape.branches)]
         rows += roots + branches
-        starts += [shape.prompt_tokens] * shape.roots + [kept] * shape.branches
-        prompts += [prompt] * (shape.roots + shape.branches)
+        starts += [prompt_tokens] * shape.roots + [kept] * shape.branches
     lengths = torch.tensor([len(row) for row in rows])
     ids = torch.zeros((len(rows), int(lengths.max())), dtype=torch.long)
     for n, row in enumerate(rows):
         ids[n, : len(row)] = torch.tensor(row)
     positions = torch.arange(ids.shape[1])[None]
     mask = (positions >= torch.tensor(starts)[:, None]) & (positions < lengths[:, None])
-    return ids, lengths, mask, torch.tensor(prompts)
+    return ids, lengths, mask
 
 
 def compare_prefixes(shape: Trees, *, budget: int, rounds: int) -> dict[str, Any]:
@@ -174,13 +182,14 @@ def compare_prefixes(shape: Trees, *, budget: int, rounds: int) -> dict[str, Any
     from appo_lightning.batching import split_by_tokens
     from appo_lightning.policy.causal_lm import CausalPolicy
     from appo_lightning.policy.options import PolicyOptions
-    from appo_lightning.policy.tree_packing import pack_trees, plan_packs
+    from appo_lightning.policy.tree_packing import pack_tree, plan_packs
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         path = save_policy(Path(folder), vocabulary=512, hidden=shape.hidden, layers=shape.layers)
         policy = CausalPolicy(PolicyOptions(path)).train()
-    ids, lengths, mask, prompts = sample_trees(shape)
+    policy.share_prefixes()
+    ids, lengths, mask = sample_trees(shape)
     tokens = {"separate": int(lengths.sum()), "shared": 0}
 
     def step(rows: Any, packing: Any) -> float:
@@ -194,14 +203,12 @@ def compare_prefixes(shape: Trees, *, budget: int, rounds: int) -> dict[str, Any
         return sum(step(rows, None) for rows in split_by_tokens(lengths, budget))
 
     def shared() -> float:
-        packs = plan_packs(ids, lengths, prompts, budget=budget)
-        sizes = torch.tensor([pack.length for pack in packs])
-        tokens["shared"] = int(sizes.sum())
+        packs = plan_packs(ids, lengths, budget=budget)
+        tokens["shared"] = sum(pack.length for pack in packs)
         total = 0.0
-        for chosen in split_by_tokens(sizes, budget):
-            together = [packs[n] for n in chosen.tolist()]
-            rows = torch.tensor([row for pack in together for row in pack.rows])
-            total += step(rows, pack_trees(ids[rows], lengths[rows], together))
+        for pack in packs:
+            rows = torch.tensor(pack.rows)
+            total += step(rows, pack_tree(ids[rows], lengths[rows], pack))
         return total
 
     seconds: dict[str, list[float]] = {"separate": [], "shared": []}
@@ -229,6 +236,7 @@ def main() -> None:
     """Measure, print the tables, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="*", default=[1024, 2048, 4096], help="tokens of the first table")
+    parser.add_argument("--vocabularies", type=int, nargs="*", default=VOCABULARIES, help="of the first table")
     parser.add_argument("--chunk", type=int, default=1024, help="logit_chunk of the first table (default 1024)")
     parser.add_argument("--budget", type=int, default=16384, help="micro_batch_tokens of the second table")
     parser.add_argument("--shapes", nargs="*", help="shapes of the second table, by name (default all; none skips it)")
@@ -240,13 +248,16 @@ def main() -> None:
         print(json.dumps(vocabulary_case(*json.loads(options.case))))
         return
 
-    vocabulary = compare_vocabulary(options.lengths, options.chunk, options.rounds)
-    print(f"V = {VOCABULARY:,}, chunk {options.chunk}: {'plain':>20}{'chunked':>12}{'chunked / plain':>17}")
-    for row in vocabulary:
-        for field, unit in (("peak_mb", "peak, MB"), ("tokens_per_second", "tokens/s")):
-            name = f"{row['tokens']:,} tokens, {unit}"
-            plain, chunked = row[f"plain_{field}"], row[f"chunked_{field}"]
-            print(f"{name:34}{plain:12,.0f}{chunked:12,.0f}{row[f'ratio_{field}']:17.2f}")
+    vocabulary = []
+    for size in options.vocabularies if options.lengths else []:
+        print(f"{f'V = {size:,}, chunk {options.chunk}:':34}{'plain':>12}{'chunked':>12}{'chunked / plain':>17}")
+        rows = compare_vocabulary(size, options.lengths, options.chunk, options.rounds)
+        vocabulary += rows
+        for row in rows:
+            for field, unit in (("peak_mb", "peak, MB"), ("tokens_per_second", "tokens/s")):
+                name = f"{row['tokens']:,} tokens, {unit}"
+                plain, chunked = row[f"plain_{field}"], row[f"chunked_{field}"]
+                print(f"{name:34}{plain:12,.0f}{chunked:12,.0f}{row[f'ratio_{field}']:17.2f}", flush=True)
     wanted = [shape for shape in SHAPES if options.shapes is None or shape.name in options.shapes]
     prefixes = []
     print(f"{'trained tokens/s':34}{'separate':>12}{'shared':>12}{'computed':>10}{'speed-up':>10}")

@@ -251,6 +251,7 @@ class RolloutSource:
         self.phase: Phase | None = None
         self.runner: PhaseRunner | None = None
         self._stored_phase: dict[str, Any] | None = None
+        self._order_of: tuple[int, list[int]] | None = None  # an epoch, and the order of its tasks
 
     def __len__(self) -> int:
         return self._phases_per_epoch * self._visits_per_phase
@@ -309,17 +310,22 @@ class RolloutSource:
         return [data.task(data.train, index) for index in chosen]
 
     def _order(self) -> list[int]:
-        order = list(range(len(self._data.train)))
-        random.Random(derive_seed(self._data.seed, "order", self.epoch)).shuffle(order)
-        return order
+        """Of the tasks of this epoch. Kept: shuffling a large set takes longer than the rest of a mini-batch's plan."""
+        if self._order_of is None or self._order_of[0] != self.epoch:
+            order = list(range(len(self._data.train)))
+            random.Random(derive_seed(self._data.seed, "order", self.epoch)).shuffle(order)
+            self._order_of = self.epoch, order
+        return self._order_of[1]
 
-    def _refill(self, phase_in_epoch: int) -> Refill:
+    def _refill(self, phase_in_epoch: int) -> Refill | None:
         """Tasks of other phases in an order of this phase's own; every rank has its part, no task comes twice."""
         data, size = self._data, self._data.prompts_per_phase
+        if not data.branching.max_refills:
+            return None
         order = self._order()
         spare = order[: phase_in_epoch * size] + order[(phase_in_epoch + 1) * size :]
         random.Random(derive_seed(data.seed, "refill", self.epoch, phase_in_epoch)).shuffle(spare)
-        rounds = max(1, data.branching.max_refills)
+        rounds = data.branching.max_refills
         own = spare[self._rank :: self._world_size]
 
         def refill(number: int, count: int) -> list[Task]:

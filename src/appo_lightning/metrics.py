@@ -29,15 +29,18 @@ class MetricSums:
             values: numbers.
             histogram: also keep them for a histogram.
         """
-        tensor = torch.as_tensor(
-            list(values) if isinstance(values, Iterable) and not isinstance(values, Tensor) else values
-        )
-        tensor = tensor.detach().flatten().cpu().double()
-        if tensor.numel() == 0:
+        if isinstance(values, Tensor):
+            tensor = values.detach().flatten().cpu().double()
+            total, count = float(tensor.sum()), tensor.numel()
+            numbers = tensor.tolist() if histogram else []
+        else:  # a tensor of a few numbers would cost more than all of their arithmetic
+            numbers = [float(value) for value in values] if isinstance(values, Iterable) else [float(values)]
+            total, count = sum(numbers), len(numbers)
+        if count == 0:
             return
-        self.add_sum(name, float(tensor.sum()), tensor.numel())
+        self.add_sum(name, total, count)
         if histogram:
-            self._samples.setdefault(name, []).extend(tensor.tolist())
+            self._samples.setdefault(name, []).extend(numbers)
 
     def add_sum(self, name: str, total: float, count: float) -> None:
         """Add a ratio's numerator and denominator."""

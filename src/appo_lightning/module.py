@@ -12,9 +12,15 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
-from appo_lightning.algorithm import clipped_policy_loss, kl_penalty, truncated_importance_weight
+from appo_lightning.algorithm import (
+    clipped_policy_loss,
+    kl_penalty,
+    masked_importance_weight,
+    truncated_importance_weight,
+)
 from appo_lightning.batching import (
     EvaluationBatch,
     PaddedSequences,
@@ -29,7 +35,7 @@ from appo_lightning.metrics import MetricSums, log_metrics
 from appo_lightning.policy.causal_lm import TokenScores
 from appo_lightning.policy.options import OptimizerOptions, PolicyOptions
 from appo_lightning.policy.snapshot import PolicySnapshot
-from appo_lightning.policy.tree_packing import TreePacking, pack_trees, plan_packs
+from appo_lightning.policy.tree_packing import TreePacking, pack_tree, plan_packs
 from appo_lightning.policy_module import PolicyModule, require_budget
 from appo_lightning.rollout.serialise import tree_to_dict
 from appo_lightning.types import Trajectory
@@ -46,7 +52,10 @@ class LossOptions:
         drop_lower_clipped: responses with more than one token beyond dual_clip leave the loss (published).
         kl: estimator of the KL divergence to the policy at the start of the run; "none" costs nothing.
         kl_coefficient: weight of that term.
-        importance_cap: weight tokens by min(trainer / sampler probability, cap); null turns it off.
+        importance_cap: weight tokens by the ratio of the trainer's to the sampler's probability, at most this; null
+            turns it off.
+        importance_mode: what happens to tokens beyond the cap: "truncate" gives them its weight, "mask" none.
+        importance_floor: tokens with a smaller ratio are left out too; needs "mask".
     """
 
     clip_low: float = 0.2
@@ -56,6 +65,8 @@ class LossOptions:
     kl: Literal["none", "k1", "k2", "k3"] = "none"
     kl_coefficient: float = 0.0
     importance_cap: float | None = None
+    importance_mode: Literal["truncate", "mask"] = "truncate"
+    importance_floor: float | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.clip_low <= 1:
@@ -66,6 +77,18 @@ class LossOptions:
             raise ConfigurationError(f"model.loss.dual_clip must be greater than 1 or null, got {self.dual_clip}")
         if self.importance_cap is not None and not 0 < self.importance_cap < math.inf:
             raise ConfigurationError(f"model.loss.importance_cap must be positive or null, got {self.importance_cap}")
+        if self.importance_mode == "mask" and self.importance_cap is None:
+            raise ConfigurationError(
+                "model.loss.importance_mode: mask has no effect without importance_cap; set one, as 5"
+            )
+        if self.importance_floor is not None:
+            if self.importance_mode != "mask":
+                raise ConfigurationError("model.loss.importance_floor has no effect without importance_mode: mask")
+            if not 0 < self.importance_floor < (self.importance_cap or 0.0):
+                raise ConfigurationError(
+                    f"model.loss.importance_floor must be between 0 and importance_cap = {self.importance_cap:g}, got "
+                    f"{self.importance_floor:g}; 0.5 is usual"
+                )
         if not 0 <= self.kl_coefficient < math.inf:
             raise ConfigurationError(f"model.loss.kl_coefficient must be a number >= 0, got {self.kl_coefficient}")
         if (self.kl == "none") != (self.kl_coefficient == 0):
@@ -84,7 +107,7 @@ class _Chunk:
     """Rows of one forward pass."""
 
     rows: Tensor  # [b] row numbers
-    lengths: Tensor  # tokens of what is computed and padded to one length: rows, or packs of them
+    lengths: Tensor  # tokens of what is computed and padded to one length: the rows, or a pack of them
     packing: TreePacking | None = None
 
 
@@ -109,8 +132,8 @@ class AppoModule(PolicyModule):
         loss: the clipped policy loss.
         micro_batch_tokens: tokens of one forward and backward pass, padding included; a longer row still goes alone.
         score_batch_tokens: the same for forward passes without gradient.
-        shared_prefixes: compute the prompt that roots share, and the prefix that a branch shares with its root, once.
-            Pays where prompts are long; needs sdpa or eager attention, without sliding windows.
+        shared_prefixes: compute what rows have in common once: instructions, a prompt's roots, a branch's prefix. Needs
+            sdpa attention without sliding windows; "auto" does it where the model can.
     """
 
     def __init__(
@@ -120,13 +143,14 @@ class AppoModule(PolicyModule):
         loss: LossOptions = LossOptions(),  # noqa: B008  # likewise
         micro_batch_tokens: int = 16384,
         score_batch_tokens: int = 32768,
-        shared_prefixes: bool = False,
+        shared_prefixes: bool | Literal["auto"] = "auto",
     ) -> None:
         super().__init__(policy, optimizer, micro_batch_tokens)
         require_budget("score_batch_tokens", score_batch_tokens)
         self.loss_options = loss
         self.score_batch_tokens = score_batch_tokens
         self.shared_prefixes = shared_prefixes
+        self._shares_prefixes = False  # until the policy is there and can
         self._reference: PolicySnapshot | None = None
         self._phase_start: PolicySnapshot | None = None
         self._previous: PolicySnapshot | None = None
@@ -141,10 +165,8 @@ class AppoModule(PolicyModule):
 
     def score(self, trajectories: Sequence[Trajectory], *, temperature: float) -> list[TraceScores]:
         """Log-probs and entropies of the sampled tokens with the current weights, in the order given."""
-        numbers: dict[tuple[int, ...], int] = {}
-        prompts = [numbers.setdefault(tuple(t.prompt_ids), len(numbers)) for t in trajectories]
         with self.scoring():
-            scored = self._score_rows(pad_trajectories(trajectories), torch.tensor(prompts), temperature)
+            scored = self._score_rows(pad_trajectories(trajectories), temperature)
         return [
             TraceScores(
                 scored.logprobs[row, (start := len(t.prompt_ids)) : start + len(t.response_ids)].clone(),
@@ -177,11 +199,11 @@ class AppoModule(PolicyModule):
     def _datamodule(self) -> Any:
         return self.trainer.datamodule  # type: ignore[attr-defined]
 
-    def _score_rows(self, sequences: PaddedSequences, prompts: Tensor, temperature: float) -> TokenScores:
+    def _score_rows(self, sequences: PaddedSequences, temperature: float) -> TokenScores:
         """Scores [B, L] on the CPU, in chunks of similar length; every rank runs the same number of forwards."""
         logprobs = torch.zeros(sequences.mask.shape)
         entropies = torch.zeros(sequences.mask.shape)
-        chunks = self._split(sequences, prompts, self.score_batch_tokens)
+        chunks = self._split(sequences, self.score_batch_tokens)
         for index in range(self.global_max(len(chunks))):
             chunk = chunks[index] if index < len(chunks) else None
             part = (_one_token() if chunk is None else sequences.rows(chunk.rows)).to(self.device)
@@ -195,25 +217,28 @@ class AppoModule(PolicyModule):
                 entropies[chunk.rows, :width] = scored.entropies.cpu()
         return TokenScores(logprobs, entropies)
 
-    def _split(self, sequences: PaddedSequences, prompts: Tensor, budget: int) -> list[_Chunk]:
-        """Rows [B] of some prompts [B], on the CPU, in chunks of at most ``budget`` tokens."""
-        if not self.shared_prefixes:
+    def _split(self, sequences: PaddedSequences, budget: int) -> list[_Chunk]:
+        """Rows, on the CPU, in chunks of at most ``budget`` tokens."""
+        if not self._shares_prefixes:
             return [_Chunk(rows, sequences.lengths[rows]) for rows in split_by_tokens(sequences.lengths, budget)]
-        packs = plan_packs(sequences.token_ids, sequences.lengths, prompts, budget=budget)
-        lengths = torch.tensor([pack.length for pack in packs], dtype=torch.long)
         chunks = []
-        for chosen in split_by_tokens(lengths, budget):
-            together = [packs[index] for index in chosen.tolist()]
-            rows = torch.tensor([row for pack in together for row in pack.rows])
-            part = sequences.rows(rows)
-            chunks.append(_Chunk(rows, lengths[chosen], pack_trees(part.token_ids, part.lengths, together)))
+        for pack in plan_packs(sequences.token_ids, sequences.lengths, budget=budget):
+            part = sequences.rows(rows := torch.tensor(pack.rows))
+            chunks.append(_Chunk(rows, torch.tensor([pack.length]), pack_tree(part.token_ids, part.lengths, pack)))
         return chunks
 
     # --- training ----------------------------------------------------------------------------------------------------
 
     def check_policy(self) -> None:
-        if self.shared_prefixes:
-            self.policy.require_tree_attention()
+        if not self.shared_prefixes:
+            return
+        try:
+            self.policy.share_prefixes()
+            self._shares_prefixes = True
+        except ConfigurationError as error:
+            if self.shared_prefixes != "auto":
+                raise
+            rank_zero_info(f"Common beginnings of sequences are computed for each of them: {error}")
 
     def on_policy_built(self) -> None:
         if self.loss_options.kl != "none":
@@ -228,15 +253,17 @@ class AppoModule(PolicyModule):
         started = time.monotonic()
         metrics = MetricSums()
         micro_batches = self._micro_batches(batch, metrics)
+        sums: list[dict[str, Tensor]] = []
         try:
             step = self.optimiser_step(
                 micro_batches,
-                lambda part: self._loss(part, batch.temperature, num_tokens, metrics),
+                lambda part: self._loss(part, batch.temperature, num_tokens, sums),
                 idle=_idle_micro_batch(self.device),
             )
         except NonFiniteLossError as error:
             path = self._save_rollouts(batch)
             raise NonFiniteLossError(f"{error}; the rollouts of this step are in {path}") from error
+        _add_sums(metrics, sums)
         metrics.add_all({"loss/grad_norm": step.grad_norm, "loss/learning_rate": step.learning_rate})
         metrics.add("loss/tokens", float(num_tokens))
         seconds = time.monotonic() - started
@@ -244,7 +271,8 @@ class AppoModule(PolicyModule):
         metrics.add("time/trained_tokens_per_second", float(num_tokens) / seconds)
         log_metrics(self.trainer, metrics)
 
-    def _loss(self, part: _MicroBatch, temperature: float, num_tokens: Tensor, metrics: MetricSums) -> Tensor:
+    def _loss(self, part: _MicroBatch, temperature: float, num_tokens: Tensor, sums: list[dict[str, Tensor]]) -> Tensor:
+        """The loss; appends what it tells about itself, as sums over tokens and their number ``tokens``."""
         options, mask = self.loss_options, part.sequences.mask
         scored = self.policy.score(
             part.sequences.token_ids,
@@ -253,9 +281,7 @@ class AppoModule(PolicyModule):
             temperature=temperature,
             packing=part.packing,
         )
-        weight = None
-        if options.importance_cap is not None:
-            weight = truncated_importance_weight(part.old_logprobs, part.behaviour_logprobs, options.importance_cap)
+        weight = self._importance_weight(part)
         result = clipped_policy_loss(
             scored.logprobs,
             part.old_logprobs,
@@ -268,26 +294,42 @@ class AppoModule(PolicyModule):
             normaliser=num_tokens,
             weight=weight,
         )
-        loss = result.loss
-        count = float(mask.sum())
+        loss, count = result.loss, mask.sum()
+        told = {"tokens": count, "loss/policy": result.loss.detach() * num_tokens}
+        for name in ("clip_fraction", "lower_clip_fraction", "approx_kl", "dropped_fraction"):
+            told[f"loss/{name}"] = getattr(result, name) * count
         if part.reference_logprobs is not None and options.kl != "none":
             divergence = kl_penalty(scored.logprobs, part.reference_logprobs, options.kl) * mask
             loss = loss + options.kl_coefficient * divergence.sum() / num_tokens
-            metrics.add_sum("loss/kl_reference", float(divergence.detach().sum()), count)
-        for name in ("clip_fraction", "lower_clip_fraction", "approx_kl", "dropped_fraction"):
-            metrics.add_sum(f"loss/{name}", float(getattr(result, name)) * count, count)
-        metrics.add_sum("loss/policy", float(result.loss.detach()) * float(num_tokens), count)
+            told["loss/kl_reference"] = divergence.detach().sum()
+        if options.importance_cap is not None:
+            ratio = (part.old_logprobs - part.behaviour_logprobs)[mask].exp()
+            limited = ratio > options.importance_cap
+            if options.importance_floor is not None:
+                limited |= ratio < options.importance_floor
+            told["loss/importance_limited_fraction"] = limited.sum()
+        sums.append(told)
         return loss
+
+    def _importance_weight(self, part: _MicroBatch) -> Tensor | None:
+        """[b, l] how the tokens weigh because sampler and trainer disagree; None: as they are."""
+        options = self.loss_options
+        if options.importance_cap is None:
+            return None
+        logprobs = part.old_logprobs, part.behaviour_logprobs
+        if options.importance_mode == "truncate":
+            return truncated_importance_weight(*logprobs, options.importance_cap)
+        return masked_importance_weight(*logprobs, floor=options.importance_floor or 0.0, cap=options.importance_cap)
 
     def _micro_batches(self, batch: ProcedureBatch, metrics: MetricSums) -> list[_MicroBatch]:
         assert batch.advantages is not None
-        everything, prompts = batch.sequences.to(torch.device("cpu")), batch.prompt_index.cpu()
+        everything = batch.sequences.to(torch.device("cpu"))
         reference = None
         if self._reference is not None:
             with self._reference.active(), self.scoring():
-                reference = self._score_rows(everything, prompts, batch.temperature).logprobs
+                reference = self._score_rows(everything, batch.temperature).logprobs
         parts = []
-        for chunk in self._split(everything, prompts, self.micro_batch_tokens):
+        for chunk in self._split(everything, self.micro_batch_tokens):
             rows, tokens = chunk.rows, int(everything.lengths[chunk.rows].sum())
             metrics.add_sum("time/padding_share", *padding_of(chunk.lengths))
             metrics.add_sum("time/shared_token_share", tokens - int(chunk.lengths.sum()), tokens)
@@ -375,6 +417,15 @@ class AppoModule(PolicyModule):
             self._phase_start, self._previous = PolicySnapshot(self.policy), PolicySnapshot(self.policy)
             self._phase_start.load_state_dict(checkpoint["snapshots"]["phase_start"])
             self._previous.load_state_dict(checkpoint["snapshots"]["previous"])
+
+
+def _add_sums(metrics: MetricSums, sums: Sequence[dict[str, Tensor]]) -> None:
+    """Means over tokens. After the last micro-batch: reading a number stops an accelerator."""
+    for told in sums:
+        values = dict(zip(told, torch.stack([value.float() for value in told.values()]).tolist(), strict=True))
+        tokens = values.pop("tokens")
+        for name, value in values.items():
+            metrics.add_sum(name, value, tokens)
 
 
 def _idle_micro_batch(device: torch.device) -> _MicroBatch:

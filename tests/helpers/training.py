@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -119,7 +119,7 @@ class Run:
     optimizer: OptimizerOptions = field(default_factory=lambda: OptimizerOptions(learning_rate=1e-3))
     micro_batch_tokens: int = 240  # about three rows
     score_batch_tokens: int = 240
-    shared_prefixes: bool = False
+    shared_prefixes: bool | Literal["auto"] = False
     train_branches: bool = False
     resume: str | None = None
     trainer: dict[str, Any] = field(default_factory=dict)

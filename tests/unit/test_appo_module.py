@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -87,12 +87,26 @@ def paper_loss(logprobs: Tensor, batch: ProcedureBatch, options: LossOptions, re
         clipped = ratio.clamp(1 - options.clip_low, 1 + options.clip_high)
         term = -torch.minimum(ratio * advantage, clipped * advantage)
         if options.importance_cap is not None:
-            sampler = batch.behaviour_logprobs[row, t]
-            term = term * min(math.exp(batch.old_logprobs[row, t] - sampler), options.importance_cap)
+            weight = float((batch.old_logprobs[row, t] - batch.behaviour_logprobs[row, t]).exp())
+            if (
+                options.importance_mode == "mask"
+                and not (options.importance_floor or 0) <= weight <= options.importance_cap
+            ):
+                weight = 0.0
+            term = term * min(weight, options.importance_cap)
         if reference is not None:
             term = term + options.kl_coefficient * KL[options.kl](logprobs[row, t] - reference[row, t])
         total = total + term
     return total / batch.mask.sum()
+
+
+def assert_importance_is_told(metrics: dict[str, float], batch: ProcedureBatch, loss: LossOptions) -> None:
+    if loss.importance_cap is None:
+        assert "loss/importance_limited_fraction" not in metrics
+        return
+    ratio = (batch.old_logprobs - batch.behaviour_logprobs)[batch.mask].exp()
+    limited = ((ratio > loss.importance_cap) | (ratio < (loss.importance_floor or 0.0))).float().mean()
+    assert metrics["loss/importance_limited_fraction"] == pytest.approx(float(limited))
 
 
 @pytest.mark.parametrize("train_branches", [False, True])
@@ -104,8 +118,11 @@ def paper_loss(logprobs: Tensor, batch: ProcedureBatch, options: LossOptions, re
         LossOptions(kl="k2", kl_coefficient=0.3),
         LossOptions(kl="k3", kl_coefficient=0.3),
         LossOptions(importance_cap=0.9),
+        # Trainer and sampler agree up to rounding: about half of the tokens are above, half below.
+        LossOptions(importance_cap=1.0, importance_mode="mask"),
+        LossOptions(importance_cap=2.0, importance_mode="mask", importance_floor=1.0),
     ],
-    ids=["plain", "k1", "k2", "k3", "importance_cap"],
+    ids=["plain", "k1", "k2", "k3", "importance_cap", "masked_above", "masked_below"],
 )
 def test_the_gradient_is_that_of_the_loss_on_paper(checkpoint, loss, train_branches) -> None:
     run = Run(checkpoint, max_steps=2, loss=loss, optimizer=NO_CLIPPING, train_branches=train_branches)
@@ -122,6 +139,7 @@ def test_the_gradient_is_that_of_the_loss_on_paper(checkpoint, loss, train_branc
         for name, parameter in module.policy.trainable():
             torch.testing.assert_close(catcher.gradients[step][name], parameter.grad, atol=2e-6, rtol=1e-4, msg=name)
         metrics = logger.steps[step + 1]
+        assert_importance_is_told(metrics, batch, loss)
         norm = torch.stack([g.norm() for g in catcher.gradients[step].values()]).norm()
         assert metrics["loss/grad_norm"] == pytest.approx(float(norm), rel=1e-5)
         if reference is not None:
@@ -129,6 +147,25 @@ def test_the_gradient_is_that_of_the_loss_on_paper(checkpoint, loss, train_branc
             expected_kl = float(KL[loss.kl](difference).mean())
             assert metrics["loss/kl_reference"] == pytest.approx(expected_kl, abs=1e-5)
             assert (expected_kl != 0) == (step == 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"importance_mode": "mask"}, "importance_mode: mask has no effect without importance_cap"),
+        (
+            {"importance_cap": 2.0, "importance_floor": 0.5},
+            "importance_floor has no effect without importance_mode: mask",
+        ),
+        (
+            {"importance_cap": 2.0, "importance_floor": 2.0, "importance_mode": "mask"},
+            "importance_floor must be between 0 and importance_cap = 2, got 2; 0.5 is usual",
+        ),
+    ],
+)
+def test_a_correction_without_effect_is_refused(options, message) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        LossOptions(**options)
 
 
 def test_micro_batches_change_nothing(checkpoint) -> None:
@@ -172,6 +209,32 @@ def test_shared_prefixes_change_nothing(checkpoint, tokens) -> None:
         assert saved[1] > every_prompt_once  # and the branches' prefixes
     else:
         assert saved[1] > 0
+
+
+def test_auto_shares_where_the_model_can_and_says_where_it_cannot(
+    checkpoint, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Run(checkpoint, max_steps=1, shared_prefixes="auto")
+    assert train(run)[2].steps[1]["time/shared_token_share"] > 0
+    assert "Common beginnings" not in caplog.text
+
+    run.checkpoint = save_with_sliding_windows(checkpoint, tmp_path)
+    with caplog.at_level("INFO"):
+        assert train(run)[2].steps[1]["time/shared_token_share"] == 0
+    assert "Common beginnings of sequences are computed for each of them: " in caplog.text
+    assert "has layers of sliding_attention" in caplog.text
+    run.shared_prefixes = True
+    with pytest.raises(ConfigurationError, match=r"sliding_attention; set model\.shared_prefixes: false"):
+        train(run)
+
+
+def save_with_sliding_windows(checkpoint: str, directory: Path) -> str:
+    """A copy whose only layer sees 64 tokens."""
+    copied = shutil.copytree(checkpoint, directory / "sliding")
+    config = json.loads((copied / "config.json").read_text())
+    config |= {"use_sliding_window": True, "sliding_window": 64, "layer_types": ["sliding_attention"]}
+    (copied / "config.json").write_text(json.dumps(config))
+    return str(copied)
 
 
 @pytest.mark.parametrize("name", ["micro_batch_tokens", "score_batch_tokens"])

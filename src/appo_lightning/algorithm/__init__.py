@@ -28,6 +28,7 @@ from appo_lightning.algorithm.losses import (
     PolicyLoss,
     clipped_policy_loss,
     kl_penalty,
+    masked_importance_weight,
     truncated_importance_weight,
 )
 from appo_lightning.algorithm.masked import (
@@ -56,6 +57,7 @@ __all__ = [
     "gamma_from_half_life",
     "group_advantage",
     "kl_penalty",
+    "masked_importance_weight",
     "masked_mean",
     "masked_std",
     "masked_zscore",

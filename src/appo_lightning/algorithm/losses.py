@@ -64,7 +64,8 @@ def clipped_policy_loss(
         drop_lower_clipped: leave out responses with more than one token at the dual clip.
         normaliser: scalar to divide by in place of the number of tokens here: the count over all ranks and
             accumulation steps (divided by the number of ranks where gradients are averaged).
-        weight: [B, T] importance weights, taken as constants: see ``truncated_importance_weight``.
+        weight: [B, T] importance weights, taken as constants: see ``truncated_importance_weight`` and
+            ``masked_importance_weight``.
 
     Raises:
         ValueError: shapes differ, or an option is out of range or without effect.
@@ -155,13 +156,42 @@ def truncated_importance_weight(trainer_logprob: Tensor, sampler_logprob: Tensor
     Raises:
         ValueError: shapes differ, or cap is not positive.
     """
+    require_above("cap", cap, 0.0, "use 2")
+    return _importance_ratio(trainer_logprob, sampler_logprob).clamp(max=cap)
+
+
+def masked_importance_weight(trainer_logprob: Tensor, sampler_logprob: Tensor, *, floor: float, cap: float) -> Tensor:
+    """Correct as ``truncated_importance_weight`` does, but leave out the tokens on which the two disagree too much.
+
+    w_t = r_t if floor <= r_t <= cap else 0, r_t = exp(trainer_logprob_t - sampler_logprob_t)
+    Source: token-level masking of IcePop, Ling Team, "Every step evolves" (arXiv 2510.18855).
+
+    Args:
+        trainer_logprob: [B, T] log pi_old by the trainer, nats.
+        sampler_logprob: [B, T] log pi_old by the sampler, nats.
+        floor: tokens that the trainer finds less likely by a smaller factor are left out, in [0, cap).
+        cap: tokens that it finds likelier by a larger factor are left out, > 0.
+
+    Returns:
+        [B, T].
+
+    Raises:
+        ValueError: shapes differ, or a bound is out of range.
+    """
+    require_above("cap", cap, 0.0, "use 5")
+    if not 0.0 <= floor < cap:
+        raise ConfigurationError(f"floor must be in [0, cap = {cap:g}), got {floor:g}: use 0.5")
+    ratio = _importance_ratio(trainer_logprob, sampler_logprob)
+    return ratio.masked_fill((ratio < floor) | (ratio > cap), 0.0)
+
+
+def _importance_ratio(trainer_logprob: Tensor, sampler_logprob: Tensor) -> Tensor:
     if trainer_logprob.shape != sampler_logprob.shape:
         raise ValueError(
             f"sampler_logprob must have the shape of trainer_logprob {list(trainer_logprob.shape)}, got "
             f"{list(sampler_logprob.shape)}: pad it at the tokens that were not sampled"
         )
-    require_above("cap", cap, 0.0, "use 2")
-    return safe_exp((as_float(trainer_logprob) - as_float(sampler_logprob)).detach()).clamp(max=cap)
+    return safe_exp((as_float(trainer_logprob) - as_float(sampler_logprob)).detach())
 
 
 def _token_mean(token_loss: Tensor, kept: Tensor, normaliser: Tensor | None) -> Tensor:

@@ -18,7 +18,8 @@ from torch.distributed.tensor import DTensor
 from appo_lightning.errors import ConfigurationError
 from appo_lightning.policy.chunked_scores import chunked_scores
 from appo_lightning.policy.options import PolicyOptions
-from appo_lightning.policy.tree_packing import TreePacking, pack_trees, plan_packs
+from appo_lightning.policy.tree_attention import KERNEL, use_tree_attention
+from appo_lightning.policy.tree_packing import TreePacking, pack_tree, plan_packs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -87,11 +88,11 @@ class CausalPolicy(nn.Module):
         model = self._causal_lm
         # No padding mask: padding stands behind every token that counts and attention is causal. Without a mask the
         # kernels skip what lies in the future.
-        where = {} if packing is None else self._tree_attention(packing)
+        where = {} if packing is None else {"position_ids": packing.position_ids, "tree": packing.attention}
         hidden = model.get_decoder()(input_ids=token_ids, use_cache=False, **where).last_hidden_state  # [B, L, D]
         # The hidden state of the token before predicts a token.
         rows, columns = mask.nonzero(as_tuple=True)
-        before = columns - 1 if packing is None else packing.previous[rows, columns]
+        before = columns - 1 if packing is None else packing.previous[columns]
         head = model.get_output_embeddings()
         out = hidden.new_zeros(token_ids.shape, dtype=torch.float32)
         if len(rows) == 0:
@@ -109,27 +110,20 @@ class CausalPolicy(nn.Module):
         index = (rows, columns)
         return out.index_put(index, logprobs), None if entropies is None else out.index_put(index, entropies)
 
-    def _tree_attention(self, packing: TreePacking) -> dict[str, Tensor]:
-        visible = packing.visible()
-        if self.options.attn_implementation == "eager":  # adds it to the attention weights
-            dtype = next(self.model.parameters()).dtype
-            visible = torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
-        return {"attention_mask": visible, "position_ids": packing.position_ids}
-
     @torch.no_grad()
-    def require_tree_attention(self) -> None:
-        """Make sure that this model computes packs of sequences as it computes the sequences alone.
+    def share_prefixes(self) -> None:
+        """Make ready for ``score(packing=...)``, and make sure that packs are computed as the sequences alone are.
 
         Raises:
-            ConfigurationError: its attention takes no mask of one's own, or something else than masked attention
-                carries information from token to token.
+            ConfigurationError: its attention cannot be exchanged, or something else than attention to all earlier
+                tokens carries information from token to token.
         """
-        refusal = f"model.shared_prefixes needs attention under a mask of one's own, but {self.options.path} "
-        remedy = "; set model.shared_prefixes: false"
-        if self.options.attn_implementation not in ("sdpa", "eager"):
+        refusal = f"model.shared_prefixes needs attention to all earlier tokens, but {self.options.path} "
+        if self.options.attn_implementation != KERNEL:
             raise ConfigurationError(
-                f"{refusal}runs with policy.attn_implementation: {self.options.attn_implementation}; use sdpa"
+                f"{refusal}runs with policy.attn_implementation: {self.options.attn_implementation}; use {KERNEL}"
             )
+        remedy = "; set model.shared_prefixes: false"
         config = self._causal_lm.config.get_text_config()
         kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
         if not getattr(config, "layer_types", None) and getattr(config, "sliding_window", None) is not None:
@@ -137,19 +131,20 @@ class CausalPolicy(nn.Module):
         if kinds:
             raise ConfigurationError(f"{refusal}has layers of {', '.join(sorted(kinds))}{remedy}")
         # What a configuration does not tell, a few tokens do.
-        token_ids = torch.tensor([[1, 2, 3, 4, 5, 6], [1, 2, 3, 6, 4, 5], [1, 2, 3, 6, 5, 4]])
+        token_ids = torch.tensor([[1, 2, 3, 4, 5, 6], [1, 2, 3, 6, 4, 5], [1, 2, 3, 6, 4, 7]])  # sharing 3, then 5
         lengths = torch.full((3,), 6)
-        packs = plan_packs(token_ids, lengths, torch.zeros(3), budget=18)
-        rows = torch.tensor(packs[0].rows)
+        (pack,) = plan_packs(token_ids, lengths, budget=18)
         device = next(self.model.parameters()).device
-        token_ids, lengths = token_ids[rows].to(device), lengths.to(device)
+        packing = pack_tree(token_ids[pack.rows], lengths[pack.rows], pack).to(device)
+        token_ids, lengths = token_ids[pack.rows].to(device), lengths[pack.rows].to(device)
         was_training = self.training
         self.eval()
         alone = self.score(token_ids, lengths).logprobs
-        packed = self.score(token_ids, lengths, packing=pack_trees(token_ids.cpu(), lengths.cpu(), packs).to(device))
+        use_tree_attention(self._causal_lm, enabled=True)
+        gap = float((self.score(token_ids, lengths, packing=packing).logprobs - alone).abs().max())
         self.train(was_training)
-        gap = float((packed.logprobs - alone).abs().max())
         if not gap <= (1e-3 if self.options.dtype == "float32" else 0.1):
+            use_tree_attention(self._causal_lm, enabled=False)
             raise ConfigurationError(f"{refusal}scores packed tokens {gap:.3g} nats off{remedy}")
 
     def score(
@@ -171,7 +166,7 @@ class CausalPolicy(nn.Module):
                 prediction and is never scored.
             temperature: logits are divided by it.
             entropy: also return exact entropies (no gradient).
-            packing: of exactly these rows: common beginnings are computed once; see ``require_tree_attention``.
+            packing: of exactly these rows: common beginnings are computed once; after ``share_prefixes``.
 
         Returns:
             ``logprobs[:, t] = log p(token_t | tokens < t)``, float32; 0 outside the mask and the padding.

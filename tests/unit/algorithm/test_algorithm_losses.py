@@ -5,7 +5,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from appo_lightning.algorithm import clipped_policy_loss, kl_penalty, truncated_importance_weight
+from appo_lightning.algorithm import (
+    clipped_policy_loss,
+    kl_penalty,
+    masked_importance_weight,
+    truncated_importance_weight,
+)
 
 
 def ones(*shape):
@@ -176,6 +181,15 @@ def test_importance_weights_are_capped_constants():
     assert not weight.requires_grad
 
 
+def test_tokens_on_which_sampler_and_trainer_disagree_too_much_are_left_out():
+    trainer = torch.tensor([[0.4, 0.5, 1.0, 2.0, 2.1]]).log().requires_grad_()
+    weight = masked_importance_weight(trainer, torch.zeros(1, 5), floor=0.499, cap=2.001)
+    torch.testing.assert_close(weight, torch.tensor([[0.0, 0.5, 1.0, 2.0, 0.0]]))
+    assert not weight.requires_grad
+    open_below = masked_importance_weight(trainer, torch.zeros(1, 5), floor=0.0, cap=2.001)
+    torch.testing.assert_close(open_below, torch.tensor([[0.4, 0.5, 1.0, 2.0, 0.0]]))
+
+
 def test_wrong_input_is_refused_in_one_line():
     with pytest.raises(ValueError, match=r"clip_low must be in \[0, 1\], got 1.5"):
         loss_of([1.0], [1.0], clip_low=1.5)
@@ -193,3 +207,7 @@ def test_wrong_input_is_refused_in_one_line():
         kl_penalty(torch.zeros(1), torch.zeros(1), "k4")
     with pytest.raises(ValueError, match="cap must be a finite number > 0, got 0"):
         truncated_importance_weight(torch.zeros(1), torch.zeros(1), cap=0.0)
+    with pytest.raises(ValueError, match=r"floor must be in \[0, cap = 2\), got 2: use 0\.5"):
+        masked_importance_weight(torch.zeros(1), torch.zeros(1), floor=2.0, cap=2.0)
+    with pytest.raises(ValueError, match=r"sampler_logprob must have the shape of trainer_logprob \[1\], got \[2\]"):
+        masked_importance_weight(torch.zeros(1), torch.zeros(2), floor=0.5, cap=2.0)

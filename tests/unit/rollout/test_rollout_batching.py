@@ -137,7 +137,7 @@ def test_a_trajectory_without_reward_is_our_mistake():
 
 def test_values_that_do_not_fit_their_response_are_refused():
     trajectory = rolled_out("ABC")
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match="could not broadcast"):
         pad_responses([trajectory], [[0.0] * (len(trajectory.response_ids) + 1)], 20)
 
 
