@@ -32,19 +32,27 @@ PROMPT_TOKENS = 16
 
 @dataclass(frozen=True)
 class Case:
-    """A row of the issue: what is wanted of which samplers of ours."""
+    """What is compared with what, and the ratio that is wanted of the first two."""
 
     title: str
     wanted: float
-    samplers: tuple[str, ...]
+    theirs: tuple[str, ...]
+    ours: tuple[str, ...]
+    rounds: int
 
 
 CASES = {
-    "tools": Case("4 turns, tools of 50-300 ms, tiny policy", 3.0, ("vllm",)),
-    "large": Case("1 turn, policy of 34 million", 1.2, ("vllm", "transformers")),
-    "tiny": Case("1 turn, tiny policy", 1.0, ("vllm", "transformers")),
+    "tools": Case("4 turns, tools 50-300 ms, tiny policy", 3.0, ("trl", "trl-pool"), ("appo-vllm",), rounds=5),
+    "large": Case("1 turn, policy of 34 million", 1.2, ("trl",), ("appo-vllm",), rounds=3),
+    "tiny": Case("1 turn, tiny policy", 1.0, ("trl",), ("appo-transformers", "appo-vllm"), rounds=7),
 }
-SAMPLERS = {"vllm": "VLLMSampler", "transformers": "TransformersSampler"}
+NAMES = {
+    "trl": "TRL",
+    "trl-pool": "TRL, tools in a pool",
+    "appo-vllm": "vLLM",
+    "appo-transformers": "transformers",
+}
+SAMPLERS = {"appo-vllm": "VLLMSampler", "appo-transformers": "TransformersSampler"}
 
 
 # --- contestants -----------------------------------------------------------------------------------------------------
@@ -112,18 +120,18 @@ def start(case: str, contestant: str, folder: Path, trl_python: Path, *, threads
         "CUDA_VISIBLE_DEVICES": "",
         "PYTHONPATH": str(PARTS),
     }
-    if contestant == "trl":
+    if contestant in CASES[case].theirs:
         command = [str(trl_python), str(PARTS / "run_trl.py"), case, str(folder), str(steps)]
+        command += ["--pool"] if contestant == "trl-pool" else []
     else:
-        sampler = contestant.removeprefix("appo-")
         command = [
             *(str(Path(sys.executable).with_name("appo")), "fit"),
             *("--config", str(PARTS / "appo" / "base.yaml"), "--config", str(PARTS / "appo" / f"{case}.yaml")),
             *("--model.policy.path", str(folder / "policy"), "--output_dir", str(folder / contestant)),
-            *("--data.sampler", SAMPLERS[sampler], "--trainer.max_steps", str(steps)),
+            *("--data.sampler", SAMPLERS[contestant], "--trainer.max_steps", str(steps)),
             "--trainer.callbacks+=appo_parts.StepClock",
         ]
-        if sampler == "transformers":  # all responses of a step in one batch, as TRL has them
+        if contestant == "appo-transformers":  # all responses of a step in one batch, as TRL has them
             command += ["--data.sampler.max_batch_size", str(workload(case).sequences)]
     return Contestant(contestant, command, environment, folder / f"{contestant}.log")
 
@@ -189,14 +197,14 @@ def run_case(name: str, options: argparse.Namespace, trl_python: Path) -> dict[s
     folder = options.folder.resolve() / name
     (folder / "policy").mkdir(parents=True, exist_ok=True)
     parameters = save(folder / "policy", name, turn_tokens=TURN_TOKENS if work.tool_calls else 0)
-    names = ["trl", *(f"appo-{sampler}" for sampler in case.samplers)]
+    rounds = options.rounds or case.rounds
     contestants: list[Contestant] = []
     try:
-        for one in names:
-            steps = options.warm_up + options.rounds + 1  # the last one never happens
+        for one in (*case.theirs, *case.ours):
+            steps = options.warm_up + rounds + 1  # the last one never happens
             contestants.append(start(name, one, folder, trl_python, threads=options.threads, steps=steps))
         load = os.getloadavg()[0]
-        seconds = measure(contestants, work, warm_up=options.warm_up, rounds=options.rounds)
+        seconds = measure(contestants, work, warm_up=options.warm_up, rounds=rounds)
     finally:
         for contestant in contestants:
             contestant.stop()
@@ -209,11 +217,15 @@ def run_case(name: str, options: argparse.Namespace, trl_python: Path) -> dict[s
         "versions": {one.name: one.versions for one in contestants},
         "seconds": seconds,
         "median_seconds": {one: statistics.median(values) for one, values in seconds.items()},
-        "ratio": {
-            one: statistics.median(a / b for a, b in zip(seconds["trl"], values, strict=True))
-            for one, values in seconds.items()
-            if one != "trl"
-        },
+        "ratios": [
+            {
+                "theirs": theirs,
+                "ours": ours,
+                "ratio": statistics.median(a / b for a, b in zip(seconds[theirs], seconds[ours], strict=True)),
+            }
+            for theirs in case.theirs
+            for ours in case.ours
+        ],
     }
 
 
@@ -222,14 +234,19 @@ def run_case(name: str, options: argparse.Namespace, trl_python: Path) -> dict[s
 
 def table(cases: dict[str, dict[str, Any]]) -> str:
     """Seconds per step, and TRL's over ours."""
-    lines = [f"{'seconds per training step':46}{'sampled':>9}{'TRL':>8}{'ours':>8}{'ratio':>8}{'wanted':>8}"]
+    lines = [
+        f"{'seconds per training step':40}{'theirs':22}{'ours':13}{'theirs':>8}{'ours':>8}{'ratio':>8}{'wanted':>8}"
+    ]
     for case in cases.values():
-        for one, ratio in case["ratio"].items():
-            median = case["median_seconds"]
+        median, title = case["median_seconds"], case["title"]
+        for row in case["ratios"]:
+            theirs, ours = row["theirs"], row["ours"]
+            wanted = f"{case['wanted']:.1f}" if theirs == "trl" else ""
             lines.append(
-                f"{case['title'] + ', ' + one.removeprefix('appo-'):46}{case['work']['sampled_tokens']:9,}"
-                f"{median['trl']:8.2f}{median[one]:8.2f}{ratio:8.2f}{case['wanted']:8.1f}"
+                f"{title:40}{NAMES[theirs]:22}{NAMES[ours]:13}"
+                f"{median[theirs]:8.2f}{median[ours]:8.2f}{row['ratio']:8.2f}{wanted:>8}"
             )
+            title = ""
     return "\n".join(lines)
 
 
@@ -242,7 +259,7 @@ def main() -> None:
     """Measure, print the table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--rounds", type=int, default=5, help="measured steps of each contestant")
+    parser.add_argument("--rounds", type=int, help="measured steps of each contestant; default: 3 to 7, by case")
     parser.add_argument("--warm-up", type=int, default=2, help="steps before those that count")
     parser.add_argument("--threads", type=int, default=1, help="OMP_NUM_THREADS of every contestant")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "bench" / "trl", help="policies, runs and logs")
@@ -255,7 +272,7 @@ def main() -> None:
     print(table(cases))
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        figures = {"machine": machine(), "threads": options.threads, "rounds": options.rounds, "cases": cases}
+        figures = {"machine": machine(), "threads": options.threads, "cases": cases}
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
 
 

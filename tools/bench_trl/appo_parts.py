@@ -6,11 +6,11 @@ import importlib.metadata
 from typing import Any
 
 import lightning as L
+from shared import TOOL, SlowTool, Turns, even_words
 
 from appo_lightning.rewards.base import Reward, Score
 from appo_lightning.tools.base import StatelessTool
 from appo_lightning.types import Task
-from shared import TOOL, SlowTool, Turns, even_words
 
 
 class EvenWords(Reward):

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from shared import TOOL
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
-
-from shared import TOOL
+from transformers.utils import logging as transformers_logging
 
 EOS, PAD, OPEN, CLOSE = "<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"
 TAGS = (f"<{TOOL}>", f"</{TOOL}>", "<result>", "</result>")
@@ -179,6 +179,7 @@ def write_prompts(path: Path) -> None:
 def save(folder: Path, case: str, *, turn_tokens: int) -> int:
     """Write checkpoint, tokenizer and prompts of a case; returns the number of parameters."""
     tokenizer = build_tokenizer(SHAPES[case].words)
+    transformers_logging.disable_progress_bar()
     policy = build_policy(SHAPES[case], tokenizer, turn_tokens=turn_tokens)
     policy.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""TRL's side of the benchmark, run by the Python of its own environment: python run_trl.py CASE FOLDER STEPS."""
+"""TRL's side of the benchmark, run by the Python of its own environment: run_trl.py CASE FOLDER STEPS [--pool]."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from typing import Any
 
 import yaml
 from datasets import Dataset
-from shared import SlowTool, Turns, even_words
+from shared import TOOL, SlowTool, Turns, even_words
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
+from trl_pool import PooledTools
 
 HERE = Path(__file__).parent
 
@@ -59,7 +60,7 @@ class Seen:
         }
 
 
-def main(case: str, folder: Path, steps: int) -> None:
+def main(case: str, folder: Path, steps: int, *, pool: bool) -> None:
     """Train for some steps, one at each turn."""
     options = {**_read("base"), **_read(case)}
     policy = folder / "policy"
@@ -67,7 +68,7 @@ def main(case: str, folder: Path, steps: int) -> None:
     model = AutoModelForCausalLM.from_pretrained(policy, dtype="float32", attn_implementation="sdpa")
     rows = [json.loads(line) for line in (policy / "prompts.jsonl").read_text().splitlines()]
     dataset = Dataset.from_list([{"prompt": [{"role": "user", "content": row["question"]}]} for row in rows])
-    config = GRPOConfig(output_dir=str(folder / "trl"), max_steps=steps, **options)
+    config = GRPOConfig(output_dir=str(folder / "trl-run"), max_steps=steps, **options)
     tool = SlowTool(max(1, config.generation_batch_size * (config.max_tool_calling_iterations or 0)))
     seen = Seen(tokenizer, tool)
 
@@ -83,11 +84,10 @@ def main(case: str, folder: Path, steps: int) -> None:
         seen.prompts, seen.completion_ids = prompts, completion_ids
         return [even_words(" ".join(message["content"] for message in messages)) for messages in completions]
 
-    tools = None
-    if config.max_tool_calling_iterations:
+    calls = config.max_tool_calling_iterations
+    if calls:
         # A call ends the turn: TRL stops where the model's generation config says that a turn ends.
-        model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("</wait>")]
-        tools = [wait]
+        model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(f"</{TOOL}>")]
     trainer = GRPOTrainer(
         model=model,
         reward_funcs=reward,
@@ -95,7 +95,8 @@ def main(case: str, folder: Path, steps: int) -> None:
         train_dataset=dataset,
         processing_class=tokenizer,
         callbacks=[StepClock(seen.counts)],
-        tools=tools,
+        tools=[wait] if calls and not pool else None,
+        rollout_func=PooledTools(tool, calls) if pool else None,
     )
     trainer.train()
 
@@ -105,4 +106,4 @@ def _read(name: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
+    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), pool="--pool" in sys.argv[4:])

@@ -17,7 +17,7 @@ SHORTEST, LONGEST = 0.05, 0.3  # seconds of a tool call
 
 
 def even_words(text: str) -> float:
-    """The reward: share of the response's words that are even, of ``w0 w1 w2 ...``. Differs between random responses."""
+    """The reward: the share of even words, of ``w0 w1 w2 ...``. It differs between random responses."""
     numbers = [int(number) for number in re.findall(r" w([0-9]+)", text)]
     return sum(number % 2 == 0 for number in numbers) / max(1, len(numbers))
 
