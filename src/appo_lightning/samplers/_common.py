@@ -48,6 +48,8 @@ def check_request(request: SampleRequest, *, max_length: int, vocab_size: int, u
         raise SamplerError(f"top_p must be in (0, 1], got {request.top_p}")
     if request.top_k < 0:
         raise SamplerError(f"top_k must be 0 (off) or positive, got {request.top_k}")
+    if not 0.0 <= request.min_p <= 1.0:
+        raise SamplerError(f"min_p must be in [0, 1], got {request.min_p}")
     if "" in request.stop:
         raise SamplerError("a stop string is empty: every response would end before it began")
 
