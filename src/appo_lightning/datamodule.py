@@ -6,11 +6,13 @@ import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import lightning as L
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
+from appo_lightning.agreement import Agreement
 from appo_lightning.batching import EvaluationBatch, ProcedureBatch, TraceScores
 from appo_lightning.errors import ConfigurationError, DataError
 from appo_lightning.metrics import of_all_ranks
@@ -27,6 +29,13 @@ from appo_lightning.samplers.base import Sampler
 from appo_lightning.tasks.base import TaskSource
 from appo_lightning.tools.base import Tool
 from appo_lightning.types import RolloutTree, Task, Trajectory
+
+
+class PushWeights(Protocol):
+    """Gives the sampler the current weights, if it has others, and proves that they arrived."""
+
+    def __call__(self, *, alone: bool = False) -> None:
+        """Collective unless ``alone``: then only this process's sampler has other weights."""
 
 
 class RolloutDataModule(L.LightningDataModule):
@@ -80,11 +89,6 @@ class RolloutDataModule(L.LightningDataModule):
                 f"data.prompts_per_phase must be a multiple of data.prompts_per_mini_batch, "
                 f"got {prompts_per_phase} and {prompts_per_mini_batch}"
             )
-        if rollout.temperature == 0 or rollout.top_p != 1 or rollout.top_k != 0:
-            raise ConfigurationError(
-                f"training needs samples of the policy itself: data.rollout.temperature > 0, top_p = 1, top_k = 0, got "
-                f"{rollout.temperature:g}, {rollout.top_p:g}, {rollout.top_k}"
-            )
         if (branching.num_branches or train_branches) and not sampler.provides_logprobs:
             raise ConfigurationError(
                 f"data.branching asks for {branching.num_branches} branches per prompt, but {type(sampler).__name__} "
@@ -115,7 +119,9 @@ class RolloutDataModule(L.LightningDataModule):
         if validation_temperature is not None:
             self.validation_limits = replace(self.validation_limits, temperature=validation_temperature)
         self.seed = seed
-        self.push_weights: Callable[[], None] | None = None  # set by SamplerWeightSync
+        # Set by SamplerWeightSync.
+        self.push_weights: PushWeights | None = None
+        self.check_gap: Callable[[LogprobGap], None] | None = None
         self.source: RolloutSource | None = None
         self.engines = 0  # started so far
         self._started = False
@@ -142,6 +148,16 @@ class RolloutDataModule(L.LightningDataModule):
             raise ConfigurationError(
                 f"data.prompts_per_mini_batch must be a multiple of the {world_size} processes, "
                 f"got {self.prompts_per_mini_batch}"
+            )
+        if stage == "fit":
+            self._check_sampling()
+
+    def _check_sampling(self) -> None:
+        limits = self.rollout
+        if limits.temperature == 0 or limits.top_p != 1 or limits.top_k != 0 or limits.min_p != 0:
+            raise ConfigurationError(
+                "training needs samples of the policy itself: data.rollout.temperature > 0, top_p = 1, top_k = 0, "
+                f"min_p = 0, got {limits.temperature:g}, {limits.top_p:g}, {limits.top_k}, {limits.min_p:g}"
             )
 
     def close(self) -> None:
@@ -175,27 +191,32 @@ class RolloutDataModule(L.LightningDataModule):
         self._started = True
         self.engines += 1
 
-    def sync_sampler(self) -> None:
-        """Give the sampler the current weights, if it has others, and prove that they arrived."""
+    def sync_sampler(self, *, alone: bool = False) -> None:
+        """Wake the sampler and give it the current weights, if it has others; prove that they arrived.
+
+        Args:
+            alone: only this process takes part; for weights that are not sharded.
+        """
         if self.push_weights is None:
             raise ConfigurationError(
                 "nothing pushes weights to the sampler: add appo_lightning.callbacks.SamplerWeightSync "
                 "to trainer.callbacks"
             )
         self.start_sampler()
-        self.push_weights()
+        self.push_weights(alone=alone)
 
     def restart_sampler(self) -> None:
-        """A fresh engine with the current weights."""
+        """A fresh engine with the current weights, on this process alone."""
         self.sampler.close()
         self._started = False
-        self.sync_sampler()
+        self.sync_sampler(alone=True)
 
     def loop(self, limits: RolloutLimits) -> RolloutLoop:
         """A rollout loop under some limits."""
         assert self.trainer is not None
-        # Weights are pushed and checked by all processes together: one alone cannot start afresh.
-        restart = self.restart_sampler if self.trainer.world_size == 1 else None
+        # Sharded weights are gathered by all processes together: one alone cannot start afresh.
+        sharded = isinstance(self.trainer.strategy, ModelParallelStrategy)
+        restart = None if sharded and self.trainer.world_size > 1 else self.restart_sampler
         return RolloutLoop(self.sampler, self.tools, self.module.policy.tokenizer, limits, restart)
 
     def task(self, source: TaskSource, index: int) -> Task:
@@ -217,21 +238,25 @@ class RolloutDataModule(L.LightningDataModule):
 class _TrainerPolicy:
     """The data module as a ``PhasePolicy``."""
 
-    def __init__(self, data: RolloutDataModule) -> None:
-        self._data = data
+    def __init__(self, data: RolloutDataModule, ranks: Agreement) -> None:
+        self._data, self._ranks = data, ranks
 
     @property
     def version(self) -> int:
         return self._data.module.weights_version
 
     def sync_sampler(self) -> None:
-        self._data.sync_sampler()
+        self._data.start_sampler()
+        with self._ranks.collective():
+            self._data.sync_sampler()
 
     def score(self, trajectories: Sequence[Trajectory], *, temperature: float) -> list[TraceScores]:
-        return self._data.module.score(trajectories, temperature=temperature)
+        with self._ranks.collective():
+            return self._data.module.score(trajectories, temperature=temperature)
 
     def score_previous(self, trajectories: Sequence[Trajectory], *, temperature: float) -> list[Tensor]:
-        return self._data.module.score_previous(trajectories, temperature=temperature)
+        with self._ranks.collective():
+            return self._data.module.score_previous(trajectories, temperature=temperature)
 
 
 class RolloutSource:
@@ -244,6 +269,7 @@ class RolloutSource:
         trainer = data.trainer
         assert trainer is not None
         self._rank, self._world_size = trainer.global_rank, trainer.world_size
+        self._ranks = Agreement(self._world_size)
         self._phases_per_epoch = len(data.train) // data.prompts_per_phase
         self._visits_per_phase = data.epochs_per_phase * data.prompts_per_phase // data.prompts_per_mini_batch
         self.epoch = 0
@@ -258,7 +284,9 @@ class RolloutSource:
 
     def __iter__(self) -> Iterator[ProcedureBatch]:
         while self.position < len(self):
-            batch = self._draw()
+            with self._ranks.work():
+                batch = self._draw()
+            self._data.sampler.sleep()
             # Before the yield: checkpoints are taken while this is suspended, and nothing runs after the last one.
             self.position += 1
             if self.position == len(self):
@@ -293,10 +321,13 @@ class RolloutSource:
                     f"data.branching.num_roots = {wanted}; resume with {found}"
                 )
             return phase
-        module = self._data.module
+        data, module = self._data, self._data.module
         phase = self.runner.begin(index, tasks, self._refill(phase_in_epoch))
         # The noise floor decides where to branch: the same on every rank, measured on all tokens.
-        phase.gap = _gap_of_all_ranks(phase)
+        with self._ranks.collective():
+            phase.gap = _gap_of_all_ranks(phase)
+            if data.check_gap is not None and data.sampler.provides_logprobs:
+                data.check_gap(phase.gap)
         module.on_phase_begin()
         if self._data.branching.sampled_per == "phase":
             self.runner.branch(phase)
@@ -339,7 +370,7 @@ class RolloutSource:
         data = self._data
         return PhaseRunner(
             loop=data.loop(data.rollout),
-            policy=_TrainerPolicy(data),
+            policy=_TrainerPolicy(data, self._ranks),
             reward=data.reward,
             options=data.branching,
             limits=data.rollout,
@@ -412,22 +443,27 @@ class EvaluationSource:
         data = self._data
         trainer = data.trainer
         assert trainer is not None
-        data.sync_sampler()
-        loop = data.loop(data.validation_limits)
-        chosen = range(trainer.global_rank, len(data.validation), trainer.world_size)
-        tasks = [data.task(data.validation, index) for index in chosen]
-        count = data.validation_rollouts
-        prefixes = [
-            Prefix(task, derive_seed(data.seed, "validation", task.id, n)) for task in tasks for n in range(count)
-        ]
-        trajectories = loop.run(
-            prefixes,
-            policy_version=data.module.weights_version,
-            progress=lambda done, total: data.report("validation", done, total),
-        )
-        trees = []
-        for i, task in enumerate(tasks):
-            roots = trajectories[i * count : (i + 1) * count]
-            score_rewards(data.reward, task, roots)
-            trees.append(RolloutTree(task, roots))
+        ranks = Agreement(trainer.world_size)
+        with ranks.work():
+            data.start_sampler()
+            with ranks.collective():
+                data.sync_sampler()
+            loop = data.loop(data.validation_limits)
+            chosen = range(trainer.global_rank, len(data.validation), trainer.world_size)
+            tasks = [data.task(data.validation, index) for index in chosen]
+            count = data.validation_rollouts
+            prefixes = [
+                Prefix(task, derive_seed(data.seed, "validation", task.id, n)) for task in tasks for n in range(count)
+            ]
+            trajectories = loop.run(
+                prefixes,
+                policy_version=data.module.weights_version,
+                progress=lambda done, total: data.report("validation", done, total),
+            )
+            trees = []
+            for i, task in enumerate(tasks):
+                roots = trajectories[i * count : (i + 1) * count]
+                score_rewards(data.reward, task, roots)
+                trees.append(RolloutTree(task, roots))
+        data.sampler.sleep()
         yield EvaluationBatch(trees, loop.statistics.seconds)

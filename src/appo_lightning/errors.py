@@ -23,6 +23,10 @@ class EngineFailure(SamplerError):
     """The engine broke or hangs; a fresh one may do what it was asked."""
 
 
+class RanksStopped(SamplerError):
+    """The sampler of one process failed for good; every process of the run raises this at the same place."""
+
+
 class WeightSyncError(SamplerError):
     """The sampler does not hold the trainer's weights."""
 

@@ -52,6 +52,7 @@ def plain_logprobs(
         torch.full((T,), settings.get("temperature", 1.0)),
         torch.full((T,), settings.get("top_p", 1.0)),
         torch.full((T,), int(settings.get("top_k", 0))),
+        torch.full((T,), settings.get("min_p", 0.0)),
     )
     return logprobs.gather(-1, torch.tensor(completion.token_ids)[:, None])[:, 0]
 
@@ -83,20 +84,34 @@ class SamplerContract:
 
     @pytest.mark.parametrize(
         "settings",
-        [{"temperature": 0.7}, {"temperature": 1.5, "top_p": 0.8}, {"top_k": 5}, {"top_p": 0.9, "top_k": 20}],
+        [
+            {"temperature": 0.7},
+            {"temperature": 1.5, "top_p": 0.8},
+            {"top_k": 5},
+            {"top_p": 0.9, "top_k": 20},
+            {"min_p": 0.2},
+            {"temperature": 1.5, "min_p": 0.02, "top_p": 0.9, "top_k": 30},
+        ],
     )
     def test_logprobs_are_those_of_the_renormalised_distribution(self, world: World, settings: dict) -> None:
         assert_holds(world, world.policy, some_requests(6, **settings), **settings)
 
     def test_rows_with_different_settings_share_a_batch(self, world: World) -> None:
-        settings: list[dict[str, Any]] = [{"temperature": 0.5}, {"top_p": 0.6}, {"top_k": 3}, {}, {"temperature": 0.0}]
+        settings: list[dict[str, Any]] = [
+            {"temperature": 0.5},
+            {"top_p": 0.6},
+            {"top_k": 3},
+            {},
+            {"min_p": 0.1},
+            {"temperature": 0.0},
+        ]
         requests = [SampleRequest(i, [9, 8, 7], 16, seed=i, **chosen) for i, chosen in enumerate(settings)]
         for request, completion, chosen in zip(requests, generate(world.sampler, requests), settings, strict=True):
             expected = plain_logprobs(world.policy, request, completion, **chosen)
             torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=TOLERANCE, rtol=0)
 
     def test_greedy_takes_the_most_likely_token_with_its_logprob_at_temperature_1(self, world: World) -> None:
-        request = SampleRequest(0, [9, 8, 7], 8, seed=0, temperature=0.0, top_p=0.5, top_k=2)
+        request = SampleRequest(0, [9, 8, 7], 8, seed=0, temperature=0.0, top_p=0.5, top_k=2, min_p=0.9)
         completion = generate(world.sampler, [request])[0]
         with torch.no_grad():
             logits = world.policy(torch.tensor([request.token_ids + completion.token_ids])).logits[0, 2:-1]
@@ -258,6 +273,7 @@ class SamplerContract:
             ({"temperature": 0.001}, "temperature must be 0 .* got 0.001"),
             ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
             ({"top_k": -1}, "top_k must be 0 .* got -1"),
+            ({"min_p": 1.5}, r"min_p must be in \[0, 1\], got 1.5"),
             ({"stop": ("",)}, "stop string is empty"),
         ],
     )

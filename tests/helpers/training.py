@@ -123,6 +123,7 @@ class Run:
     train_branches: bool = False
     resume: str | None = None
     trainer: dict[str, Any] = field(default_factory=dict)
+    sync: dict[str, Any] = field(default_factory=dict)
     validation_size: int = 5
     seed: int = 0
 
@@ -155,7 +156,7 @@ class Run:
     def make_trainer(self, callbacks: Sequence[L.Callback] = (), **changes: Any) -> L.Trainer:
         every: list[L.Callback] = [
             ProcedureAdvantageScaling(),
-            SamplerWeightSync(),
+            SamplerWeightSync(**self.sync),
             RolloutStatistics(),
             BranchStatistics(),
             CreditStatistics(),

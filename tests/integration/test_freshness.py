@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from appo_lightning.callbacks import SamplerWeightSync
-from appo_lightning.errors import WeightSyncError
+from appo_lightning.errors import ConfigurationError, WeightSyncError
 from appo_lightning.rollout.tree import BranchingOptions
 from appo_lightning.samplers.base import Completion, SampleRequest
 from appo_lightning.samplers.transformers import TransformersSampler
@@ -156,10 +155,75 @@ class Mumbling(TransformersSampler):
         return done
 
 
+class Secretive(Deaf):
+    """Nor does it let anyone look at them."""
+
+    def read_weights(self, columns: Mapping[str, Sequence[int]]) -> dict[str, list[Tensor]]:
+        return {}
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_weights_that_stayed_the_old_ones_are_read_back(checkpoint, lora) -> None:
+    run = Run(checkpoint, lora=lora)
+    run.optimizer.learning_rate = 1e-6  # far too little for the log-probs to tell
+    with pytest.raises(
+        WeightSyncError, match=r"holds other numbers than the trainer in [1-9]\d* of 13 weights, model\."
+    ):
+        fit(run, sampler=Deaf())
+
+
 @pytest.mark.parametrize("lora", [False, True])
 def test_the_canary_notices_a_sampler_that_ignores_weights(checkpoint, lora) -> None:
-    with pytest.raises(WeightSyncError, match=r"differ from the trainer's by .* nats on average \(limit 0.001\)"):
-        fit(Run(checkpoint, lora=lora), sampler=Deaf())
+    said = r"after a weight push .* differ from the trainer's by .* nats on average \(limit 0.001\)"
+    with pytest.raises(WeightSyncError, match=said):
+        fit(Run(checkpoint, lora=lora), sampler=Secretive())
+
+
+def test_the_roots_notice_a_sampler_that_ignores_weights(checkpoint) -> None:
+    run = Run(checkpoint, branching=GRPO, sync={"read_columns": 0, "canary_prompts": 0})
+    with pytest.raises(WeightSyncError, match=r"on the roots of this phase .* by .* nats on average \(limit 0.001\)"):
+        fit(run, sampler=Secretive())
+
+
+def test_adapters_as_they_are_need_adapters_and_a_sampler_that_computes_with_them(checkpoint) -> None:
+    with pytest.raises(ConfigurationError, match=r"sync.lora: adapter has no effect .*: set model.policy.lora"):
+        fit(Run(checkpoint, sync={"lora": "adapter"}))
+    with pytest.raises(ConfigurationError, match="TransformersSampler does not: use merge"):
+        fit(Run(checkpoint, lora=True, sync={"lora": "adapter"}))
+
+
+class Sleepy(Chronicle):
+    """Forgets its weights in its sleep."""
+
+    asleep = False
+
+    def wake(self) -> bool:
+        self.events.append(("wake", self.asleep))
+        kept, self.asleep = not self.asleep, False
+        return kept
+
+    def sleep(self) -> None:
+        self.events.append(("sleep", None))
+        self.asleep = True
+
+
+def test_the_sampler_sleeps_while_the_trainer_learns(checkpoint) -> None:
+    sampler = Sleepy()
+    fit(Run(checkpoint, max_steps=4, branching=GRPO), [Steps(sampler)], sampler)
+    order = [kind for kind, _ in sampler.events]
+    once = [kind for kind, previous in zip(order, [None, *order], strict=False) if kind != previous]
+    # Two phases of two mini-batches: nothing is sampled for the second.
+    assert once == ["step", *2 * ["wake", "push", "sample", "sleep", "step", "sleep", "step"]]
+
+
+def test_a_sampler_that_slept_through_validation_gets_its_weights_again(checkpoint) -> None:
+    sampler = Sleepy()
+    run = Run(checkpoint, max_steps=1, branching=GRPO)
+    run.trainer = {"limit_val_batches": 1.0, "val_check_interval": 1, "check_val_every_n_epoch": None}
+    fit(run, [Steps(sampler)], sampler)
+    order = [kind for kind, _ in sampler.events]
+    assert order.count("push") == order.count("wake") == order.count("sleep") == 2
+    assert order[-1] == "sleep"
 
 
 def test_the_canary_notices_nan(checkpoint) -> None:
@@ -188,10 +252,6 @@ def test_the_canary_can_be_turned_off(checkpoint) -> None:
             super().submit(request)
 
     run = Run(checkpoint, max_steps=1, branching=GRPO)
-    trainer = run.make_trainer()
-    trainer.callbacks = [
-        SamplerWeightSync(canary_prompts=0) if isinstance(callback, SamplerWeightSync) else callback
-        for callback in trainer.callbacks
-    ]
-    trainer.fit(run.module(), datamodule=run.data(Listening()))
+    run.sync = {"canary_prompts": 0}
+    fit(run, sampler=Listening())
     assert all(request.max_tokens > 8 for request in asked[:32])

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from appo_lightning.errors import SamplerError
+from appo_lightning.errors import RanksStopped, SamplerError, WeightSyncError
 from appo_lightning.metrics import of_all_ranks
 
 
@@ -119,8 +119,9 @@ class GracefulStop(L.Callback):
         trainer.should_stop = True
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        # An engine that broke for good: the steps before it are kept. With other processes a save would wait for them.
-        if isinstance(exception, SamplerError) and trainer.world_size == 1 and trainer.training and trainer.global_step:
+        # An engine that broke for good: the steps before it are kept. A save waits for all processes: all must be here.
+        together = trainer.world_size == 1 or isinstance(exception, RanksStopped | WeightSyncError)
+        if isinstance(exception, SamplerError) and together and trainer.training and trainer.global_step:
             self._save(trainer)
 
     def _save(self, trainer: L.Trainer) -> None:

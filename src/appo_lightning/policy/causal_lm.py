@@ -182,11 +182,14 @@ class CausalPolicy(nn.Module):
         )
 
     @torch.no_grad()
-    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every weight under its transformers name, whole, with adapters folded in; the module is untouched.
+    def named_weights(self, *, merge: bool = True) -> Iterator[tuple[str, Tensor]]:
+        """Every weight under its transformers name, whole; the module is untouched.
 
         One tensor at a time, so that the peak under sharding is one tensor. Collective under sharding: every rank
         must exhaust it.
+
+        Args:
+            merge: fold adapters in; False gives the weights below them.
         """
         self.release_gathered()
         adapted = _adapted_modules(self.model)
@@ -195,13 +198,24 @@ class CausalPolicy(nn.Module):
                 continue
             weight = full_tensor(parameter.detach())
             owner, _, leaf = name.rpartition(".base_layer.")
-            if owner and leaf == "weight":
+            if merge and owner and leaf == "weight":
                 layer = adapted[owner]
                 for adapter in layer.active_adapters:
-                    down, up = (full_tensor(m[adapter].weight.detach()) for m in (layer.lora_A, layer.lora_B))
-                    delta = (up.float() @ down.float()) * layer.scaling[adapter]
+                    down, up = _adapter_matrices(layer, adapter)
+                    delta = up.float() @ down.float() * layer.scaling[adapter]
                     weight = (weight.float() + delta).to(weight.dtype)
             yield _transformers_name(name), weight
+
+    @torch.no_grad()
+    def named_adapter(self) -> Iterator[tuple[str, Tensor]]:
+        """The LoRA adapter as ``Sampler.load_adapter`` takes it: ``B @ A`` is the update. Collective under sharding."""
+        self.release_gathered()
+        for name, layer in _adapted_modules(self.model).items():
+            module = _transformers_name(name)
+            (adapter,) = layer.active_adapters
+            down, up = _adapter_matrices(layer, adapter)
+            yield f"{module}.lora_A.weight", down
+            yield f"{module}.lora_B.weight", up * layer.scaling[adapter]
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Parameters that the optimiser moves, by their name inside this module."""
@@ -321,6 +335,11 @@ def _adapted_modules(model: nn.Module) -> dict[str, Any]:
     from peft.tuners.lora import LoraLayer
 
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+def _adapter_matrices(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
+    down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    return full_tensor(down.detach()), full_tensor(up.detach())
 
 
 def _transformers_name(name: str) -> str:

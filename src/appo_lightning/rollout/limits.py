@@ -24,14 +24,15 @@ class RolloutLimits:
         temperature: of sampling; log-probs are taken at the same temperature.
         top_p: nucleus sampling; 1 turns it off.
         top_k: sample among the k most probable tokens; 0 turns it off.
+        min_p: sample among tokens at least this many times as probable as the most probable one; 0 turns it off.
         overlong: what training does about responses that are too long. "keep" scores and trains them like others;
             "drop" takes those cut by the budget out of the loss, their rewards still count in their group; "penalty"
             subtracts up to 1 from the reward over the last ``overlong_buffer`` tokens of the budget (DAPO).
         overlong_buffer: tokens over which the penalty grows; only for "penalty".
         stall_timeout_s: seconds without a sampled token after which an engine with work counts as broken. One step of
             TransformersSampler is a whole batch: raise this where a batch takes longer.
-        max_restarts: fresh engines per phase for those that broke; what was sampled is kept. On one process only:
-            otherwise, and after that, the run stops.
+        max_restarts: fresh engines per phase for those that broke; what was sampled is kept. None where weights are
+            sharded over processes: there, and after so many, the run stops.
         patience_s: seconds that the engine may stand idle in one phase because all that is left waits for tools; then
             those rollouts end unfinished and leave their groups, which train on without them. What is left out then
             depends on the clock. Null waits for every call, up to the tools' own limits; validation always does.
@@ -45,6 +46,7 @@ class RolloutLimits:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
     overlong: Literal["keep", "drop", "penalty"] = "keep"
     overlong_buffer: int = 0
     stall_timeout_s: float = 600.0
@@ -71,6 +73,8 @@ class RolloutLimits:
             raise ConfigurationError(f"rollout.top_p must be in (0, 1], got {self.top_p}")
         if self.top_k < 0:
             raise ConfigurationError(f"rollout.top_k must be at least 0, got {self.top_k}")
+        if not 0 <= self.min_p <= 1:
+            raise ConfigurationError(f"rollout.min_p must be in [0, 1], got {self.min_p}")
         if (self.overlong == "penalty") != (self.overlong_buffer != 0):
             raise ConfigurationError(
                 f"rollout.overlong = {self.overlong!r} and overlong_buffer = {self.overlong_buffer} do not belong "

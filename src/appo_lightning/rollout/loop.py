@@ -261,6 +261,7 @@ class RolloutLoop:
             temperature=self._limits.temperature,
             top_p=self._limits.top_p,
             top_k=self._limits.top_k,
+            min_p=self._limits.min_p,
             stop=stop_strings(self._tools, turn),
         )
 

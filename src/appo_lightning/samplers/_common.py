@@ -12,6 +12,7 @@ import torch
 
 from appo_lightning.errors import SamplerError
 from appo_lightning.samplers.base import MIN_TEMPERATURE, SampleRequest
+from appo_lightning.tokens import decode_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,6 +49,8 @@ def check_request(request: SampleRequest, *, max_length: int, vocab_size: int, u
         raise SamplerError(f"top_p must be in (0, 1], got {request.top_p}")
     if request.top_k < 0:
         raise SamplerError(f"top_k must be 0 (off) or positive, got {request.top_k}")
+    if not 0.0 <= request.min_p <= 1.0:
+        raise SamplerError(f"min_p must be in [0, 1], got {request.min_p}")
     if "" in request.stop:
         raise SamplerError("a stop string is empty: every response would end before it began")
 
@@ -93,9 +96,7 @@ class StopStrings:
         return not self._last_characters.isdisjoint(self._decode([token_id, token_id]))
 
     def _decode(self, ids: Sequence[int]) -> str:
-        text = self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        assert isinstance(text, str)
-        return text
+        return decode_tokens(self._tokenizer, ids)
 
 
 def finish_reason(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
+
+from appo_lightning.errors import ConfigurationError
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +28,7 @@ class SampleRequest:
     temperature: float = 1.0  # 0.0 = greedy; log-probs are then those of temperature 1
     top_p: float = 1.0
     top_k: int = 0  # 0 = off
+    min_p: float = 0.0  # 0 = off; else tokens at least this many times as likely as the most likely one
     stop: tuple[str, ...] = ()  # generation ends with the token that completes one of these strings
 
 
@@ -55,7 +58,8 @@ class Sampler(ABC):
     """A rollout engine that holds its own copy of the policy's weights.
 
     Lifecycle: ``start`` once, then ``load_weights`` after every change of the policy, ``submit`` and ``step`` until
-    ``num_unfinished`` is 0, ``close`` at the end. Single-threaded: the rollout loop owns it.
+    ``num_unfinished`` is 0, ``close`` at the end. Between these rounds it may ``sleep`` and ``wake``. Single-threaded:
+    the rollout loop owns it.
     """
 
     provides_logprobs: bool = True  # False: ``Completion.logprobs`` holds zeros; evaluation only
@@ -87,6 +91,54 @@ class Sampler(ABC):
         Raises:
             SamplerError: requests are unfinished, or a name or shape does not fit.
         """
+
+    def expect_adapter(self, rank: int) -> None:
+        """Called before ``start``: weights will come by ``load_adapter``.
+
+        Args:
+            rank: of the LoRA update.
+
+        Raises:
+            ConfigurationError: the sampler computes with whole weights only.
+        """
+        raise ConfigurationError(
+            f"sync.lora: adapter needs a sampler that computes with adapters; {type(self).__name__} does not: use merge"
+        )
+
+    def load_adapter(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Replace the LoRA adapter on top of the checkpoint's weights and forget cached prefixes.
+
+        Args:
+            weights: pairs ``<module>.lora_A.weight`` [rank, in] and ``<module>.lora_B.weight`` [out, rank] under
+                transformers module names; the update of a module is B @ A, with no further scale.
+
+        Raises:
+            SamplerError: requests are unfinished, or the engine cannot adapt a module.
+        """
+        raise NotImplementedError
+
+    def read_weights(self, columns: Mapping[str, Sequence[int]]) -> dict[str, list[torch.Tensor]]:
+        """What the engine really computes with: the check after a push.
+
+        Args:
+            columns: by name of a weight or adapter as it was pushed, the columns to read.
+
+        Returns:
+            For each name, one tensor [rows, columns] per place where the engine holds it, such as embedding and output
+            layer; a vector is returned whole. Names that cannot be read are left out: none can, by default.
+        """
+        return {}
+
+    def sleep(self) -> None:
+        """Give memory back while nothing is sampled; without effect by default."""
+
+    def wake(self) -> bool:
+        """Take the memory again; without effect when awake.
+
+        Returns:
+            Whether the weights are still there. If not, the next call must be ``load_weights``.
+        """
+        return True
 
     @abstractmethod
     def submit(self, request: SampleRequest) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -84,6 +84,14 @@ class TransformersSampler(Sampler):
             for name, tensor in checked_weights(weights, *parameter_shapes(model)):
                 parameters[name].copy_(tensor)
 
+    def read_weights(self, columns: Mapping[str, Sequence[int]]) -> dict[str, list[torch.Tensor]]:
+        parameters = dict(self._started().named_parameters())
+        return {
+            name: [parameters[name] if parameters[name].dim() == 1 else parameters[name][:, list(chosen)]]
+            for name, chosen in columns.items()
+            if name in parameters
+        }
+
     def submit(self, request: SampleRequest) -> None:
         self._started()
         check_request(request, max_length=self._max_length, vocab_size=self._vocab_size, unfinished=self._waiting)
@@ -153,7 +161,7 @@ class TransformersSampler(Sampler):
                 use_cache=True,
                 logits_to_keep=1,
             ).logits[:, -1]
-            logprobs = processed_logprobs(logits, settings.temperature, settings.top_p, settings.top_k)
+            logprobs = processed_logprobs(logits, settings.temperature, settings.top_p, settings.top_k, settings.min_p)
             tokens = _draw(logprobs, settings.uniforms[:, step], greedy=settings.temperature == 0)
             chosen = logprobs.gather(-1, tokens[:, None])[:, 0]
             for row, token, logprob in zip(unfinished, tokens.tolist(), chosen.tolist(), strict=True):
@@ -214,6 +222,7 @@ class _Settings:
     temperature: torch.Tensor  # [B]; 0 = greedy
     top_p: torch.Tensor  # [B]
     top_k: torch.Tensor  # [B]; 0 = off
+    min_p: torch.Tensor  # [B]; 0 = off
     uniforms: torch.Tensor  # [B, T] float64 in [0, 1)
 
     @classmethod
@@ -224,11 +233,14 @@ class _Settings:
             torch.tensor([request.temperature for request in requests], device=device),
             torch.tensor([request.top_p if request.temperature else 1.0 for request in requests], device=device),
             torch.tensor([request.top_k if request.temperature else 0 for request in requests], device=device),
+            torch.tensor([request.min_p if request.temperature else 0.0 for request in requests], device=device),
             uniforms.to(device),
         )
 
     def select(self, index: torch.Tensor) -> _Settings:
-        return _Settings(self.temperature[index], self.top_p[index], self.top_k[index], self.uniforms[index])
+        return _Settings(
+            self.temperature[index], self.top_p[index], self.top_k[index], self.min_p[index], self.uniforms[index]
+        )
 
 
 def _uniforms(request: SampleRequest) -> torch.Tensor:
@@ -257,23 +269,32 @@ def _draw(logprobs: torch.Tensor, uniforms: torch.Tensor, *, greedy: torch.Tenso
 
 
 def processed_logprobs(
-    logits: torch.Tensor, temperature: torch.Tensor, top_p: torch.Tensor, top_k: torch.Tensor
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    top_p: torch.Tensor,
+    top_k: torch.Tensor,
+    min_p: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Log-probs of the distribution that is really sampled from.
 
-    log_softmax(logits / temperature), restricted to the top_k most likely tokens, renormalised, restricted to the
-    smallest set of most likely tokens that holds at least top_p, and renormalised again.
+    log_softmax(logits / temperature), restricted to tokens at least min_p times as likely as the most likely one and to
+    the top_k most likely tokens, renormalised, restricted to the smallest set of most likely tokens that holds at least
+    top_p, and renormalised again.
 
     Args:
         logits: [B, V].
         temperature: [B]; 0 counts as 1.
         top_p: [B] in (0, 1].
         top_k: [B]; 0 = off.
+        min_p: [B] in [0, 1]; 0 = off. None: off for all.
 
     Returns:
         [B, V] float32 nats; -inf outside the restriction.
     """
     logprobs = (logits.float() / torch.where(temperature > 0, temperature, 1.0)[:, None]).log_softmax(-1)
+    if min_p is not None and bool((min_p > 0).any()):
+        floor = logprobs.max(-1, keepdim=True).values + min_p.log()[:, None]
+        logprobs = logprobs.masked_fill(logprobs < floor, -torch.inf).log_softmax(-1)
     if not bool(((top_p < 1) | (top_k > 0)).any()):
         return logprobs
     ordered, order = logprobs.sort(dim=-1, descending=True)

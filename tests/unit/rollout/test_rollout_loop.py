@@ -222,6 +222,7 @@ def test_results_are_cut_to_their_limit():
         ({"max_tool_calls": -1}, "rollout.max_tool_calls must be at least 0, got -1"),
         ({"temperature": -0.5}, r"rollout.temperature must be 0 \(greedy\) or a number from 0.01 on, got -0.5"),
         ({"top_p": 0.0}, r"rollout.top_p must be in \(0, 1\], got 0.0"),
+        ({"min_p": 1.5}, r"rollout.min_p must be in \[0, 1\], got 1.5"),
         ({"top_k": -1}, "rollout.top_k must be at least 0, got -1"),
     ],
 )

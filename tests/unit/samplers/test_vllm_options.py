@@ -7,7 +7,7 @@ import warnings
 import pytest
 
 from appo_lightning.errors import ConfigurationError, SamplerError
-from appo_lightning.samplers import vllm
+from appo_lightning.samplers import _vllm_engine
 from appo_lightning.samplers.base import SampleRequest
 from appo_lightning.samplers.vllm import VLLMSampler
 from helpers.tiny import build_tokenizer
@@ -43,11 +43,11 @@ def test_options_that_contradict_are_refused(options: dict, message: str) -> Non
 
 def test_an_untested_version_warns_once() -> None:
     with pytest.warns(UserWarning, match=r"tested with vLLM 0\.32\.\*, found 9\.9\.0"):
-        vllm._check_version("9.9.0")
+        _vllm_engine._check_version("9.9.0")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        vllm._check_version("9.9.0")
-        vllm._check_version("0.32.1")
+        _vllm_engine._check_version("9.9.0")
+        _vllm_engine._check_version("0.32.1")
 
 
 def test_a_sampler_that_was_not_started_says_so() -> None:

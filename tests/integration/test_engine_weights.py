@@ -1,0 +1,294 @@
+"""What the engine computes with is what was pushed; a push that goes wrong is noticed before anyone samples."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from appo_lightning.errors import ConfigurationError, SamplerError, WeightSyncError
+from appo_lightning.policy.causal_lm import CausalPolicy
+from appo_lightning.policy.options import LoraOptions, PolicyOptions
+from appo_lightning.samplers import vllm
+from appo_lightning.samplers.base import generate
+from appo_lightning.samplers.read_back import ReadBack, ReadBackResult
+from appo_lightning.samplers.vllm import VLLMSampler
+from helpers.sampler_contract import TOLERANCE, some_requests
+from helpers.tiny import perturb, save_tiny
+from helpers.training import Run, fit, make_checkpoint
+
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
+]
+
+MAX_LENGTH = 128
+# One of each kind: plain, fused with others, embedding (tied to the output layer), vector.
+ONE_OF_EACH = [
+    "model.layers.1.mlp.down_proj.weight",
+    "model.layers.0.self_attn.k_proj.weight",
+    "model.layers.0.mlp.up_proj.weight",
+    "model.embed_tokens.weight",
+    "model.layers.1.self_attn.q_norm.weight",
+    "model.norm.weight",
+]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    directory = tmp_path_factory.mktemp("tied")
+    save_tiny(directory, tied=True)
+    return str(directory)
+
+
+@dataclass
+class Engine:
+    sampler: VLLMSampler
+    checkpoint: str
+
+    def policy(self, lora: LoraOptions | None = None) -> CausalPolicy:
+        return CausalPolicy(PolicyOptions(self.checkpoint, lora=lora))
+
+    def push(self, policy: CausalPolicy, instead: dict[str, Tensor] | None = None) -> ReadBackResult:
+        """Push, with some tensors exchanged on the way, and read back."""
+        read_back = ReadBack(4, seed=0)
+        changed = ((n, (instead or {}).get(n, w)) for n, w in read_back.noting(policy.named_weights()))
+        self.sampler.load_weights(changed)
+        return read_back.compare(self.sampler)
+
+    def gap(self, policy: CausalPolicy, temperature: float = 1.0) -> float:
+        """Largest difference between the sampler's log-probs and the policy's, nats."""
+        requests = some_requests(6, temperature=temperature)
+        gaps = []
+        for request, completion in zip(requests, generate(self.sampler, requests), strict=True):
+            ids = torch.tensor([request.token_ids + completion.token_ids])
+            with torch.no_grad():
+                scored = policy.score(ids, torch.tensor([ids.shape[1]]), temperature=temperature).logprobs[0]
+            gaps.append(scored[len(request.token_ids) :] - torch.tensor(completion.logprobs))
+        return float(torch.cat(gaps).abs().max())
+
+
+@pytest.fixture(scope="module")
+def engine(checkpoint: str) -> Iterator[Engine]:
+    sampler = VLLMSampler(kv_cache_mb=64)
+    sampler.start(checkpoint, CausalPolicy(PolicyOptions(checkpoint)).tokenizer, max_length=MAX_LENGTH)
+    yield Engine(sampler, checkpoint)
+    sampler.close()
+
+
+def test_every_weight_is_read_back_to_the_bit(engine: Engine) -> None:
+    policy = engine.policy()
+    perturb(policy, seed=1)
+    names = [name for name, _ in policy.named_weights()]
+    assert engine.push(policy) == ReadBackResult(checked=len(names), unchecked=0, different=[])
+
+
+def test_reading_leaves_the_engine_as_it_was(engine: Engine) -> None:
+    policy = engine.policy()
+    engine.push(policy)
+    requests = some_requests(4)
+    before = generate(engine.sampler, requests)
+    ReadBack(4, seed=0).compare(engine.sampler)
+    assert [c.token_ids for c in generate(engine.sampler, requests)] == [c.token_ids for c in before]
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_a_weight_that_was_left_behind_is_named(engine: Engine, name: str) -> None:
+    old, new = engine.policy(), engine.policy()
+    perturb(new, seed=2, scale=1e-6)
+    assert engine.push(new, instead={name: dict(old.named_weights())[name]}).different == [name]
+
+
+def test_an_output_layer_that_was_not_packed_again_is_named(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = engine.policy()
+    engine.push(policy)
+    monkeypatch.setattr(vllm, "repack_tied_head", lambda model: None)
+    perturb(policy, seed=3, scale=1e-6)
+    assert engine.push(policy).different == ["model.embed_tokens.weight"]
+
+
+def one_step_later(policy: CausalPolicy) -> ReadBack:
+    """What an optimiser step at a learning rate of 1e-6 makes of a policy; and no push."""
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, weight_decay=0.0)
+    policy.score(torch.arange(5, 105)[None], torch.tensor([100])).logprobs.sum().backward()
+    optimizer.step()
+    read_back = ReadBack(4, seed=0)
+    for _ in read_back.noting(policy.named_weights()):
+        pass
+    return read_back
+
+
+def test_weights_one_step_old_are_noticed_at_a_learning_rate_of_1e_6(engine: Engine) -> None:
+    policy = engine.policy()
+    engine.push(policy)
+    read_back = one_step_later(policy)
+    assert engine.gap(policy) < 1e-3  # the limit of the canary: it could not tell
+    assert set(read_back.compare(engine.sampler).different) >= {
+        name for name, weight in policy.named_weights() if weight.dim() == 2
+    }
+
+
+def test_weights_one_step_old_are_noticed_in_half_precision_too(checkpoint: str) -> None:
+    """Such a step moves one rounded number in a hundred."""
+    sampler, policy = VLLMSampler(dtype="bfloat16", kv_cache_mb=64), CausalPolicy(PolicyOptions(checkpoint))
+    sampler.start(checkpoint, policy.tokenizer, max_length=MAX_LENGTH)
+    read_back = ReadBack(4, seed=0)
+    sampler.load_weights(read_back.noting(policy.named_weights()))
+    assert read_back.compare(sampler).different == []
+    assert len(one_step_later(policy).compare(sampler).different) >= 5
+    sampler.close()
+
+
+def test_a_prefix_cache_that_outlived_a_push_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(make_checkpoint(tmp_path, hidden_size=32, num_layers=1), max_steps=2)
+
+    class Forgetful(VLLMSampler):
+        def start(self, *args: Any, **options: Any) -> None:
+            super().start(*args, **options)
+            monkeypatch.setattr(self._engine, "reset_prefix_cache", lambda: True)
+
+    sampler = Forgetful(kv_cache_mb=64)
+    with pytest.raises(WeightSyncError, match="took 64 tokens from its prefix cache, which belongs to the old weights"):
+        fit(run, sampler=sampler)
+    sampler.close()
+
+
+def test_the_weights_wake_before_the_push_and_the_cache_after_it(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The CPU has nothing to give back, but the engine goes through the same states."""
+    sampler, core = engine.sampler, engine.sampler._engine
+    assert core is not None
+    monkeypatch.setattr(sampler, "sleep_between_phases", True)
+    calls: list[Any] = []
+    for name in ("sleep", "wake_up", "collective_rpc"):
+        monkeypatch.setattr(core, name, _recording(calls, name, getattr(core, name)))
+    policy = engine.policy()
+    perturb(policy, seed=6)
+    sampler.sleep()
+    sampler.sleep()  # once is enough
+    assert core.engine_core.is_sleeping()
+    assert sampler.wake() is False
+    sampler.load_weights(policy.named_weights())
+    assert sampler.wake() is True
+    assert not core.engine_core.is_sleeping()
+    said = [(name, *args[:1], *options.values()) for name, args, options in calls]
+    assert [entry[:2] for entry in said[:4]] == [
+        ("sleep", 2),  # the weights are forgotten
+        ("wake_up", ["weights"]),
+        ("collective_rpc", "reload_weights"),
+        ("collective_rpc", "apply_model"),
+    ]
+    assert said[4:] == [("wake_up", ["kv_cache"])]
+    assert engine.gap(policy) < TOLERANCE
+
+
+def _recording(calls: list[Any], name: str, function: Any) -> Any:
+    def call(*args: Any, **options: Any) -> Any:
+        calls.append((name, args, options))
+        return function(*args, **options)
+
+    return call
+
+
+def test_an_engine_with_requests_does_not_fall_asleep(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine.sampler, "sleep_between_phases", True)
+    engine.sampler.submit(some_requests(1)[0])
+    with pytest.raises(SamplerError, match="1 requests are unfinished"):
+        engine.sampler.sleep()
+    engine.sampler.abort([0])
+
+
+def test_without_a_gpu_sleep_is_refused(checkpoint: str) -> None:
+    with pytest.raises(ConfigurationError, match="sleep_between_phases needs CUDA, the engine runs on cpu: set it to"):
+        VLLMSampler(sleep_between_phases=True).start(
+            checkpoint, CausalPolicy(PolicyOptions(checkpoint)).tokenizer, max_length=64
+        )
+
+
+# --- LoRA -----------------------------------------------------------------------------------------------------------
+
+LORA = LoraOptions(rank=4, alpha=6.0)  # a scale that is no power of 2
+
+
+@pytest.fixture(scope="module")
+def adapting(checkpoint: str) -> Iterator[Engine]:
+    sampler = VLLMSampler(kv_cache_mb=64)
+    sampler.expect_adapter(LORA.rank)
+    sampler.start(checkpoint, CausalPolicy(PolicyOptions(checkpoint)).tokenizer, max_length=MAX_LENGTH)
+    yield Engine(sampler, checkpoint)
+    sampler.close()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_an_adapter_samples_as_the_trainer_scores(adapting: Engine, temperature: float) -> None:
+    policy = adapting.policy(LORA)
+    for seed in range(3):  # prompts stay the same: a cache of the old adapter would answer
+        perturb(policy, seed=seed, scale=0.1)
+        adapting.sampler.load_adapter(policy.named_adapter())
+        assert adapting.gap(policy, temperature) < TOLERANCE
+
+
+def test_pushing_an_adapter_leaves_the_trainers_tensors_alone(adapting: Engine) -> None:
+    policy = adapting.policy(LORA)
+    perturb(policy, seed=0, scale=0.1)
+    before = {name: tensor.clone() for name, tensor in policy.adapter_weights().items()}
+    adapting.sampler.load_adapter(policy.named_adapter())
+    generate(adapting.sampler, some_requests(2, max_tokens=4))
+    assert all(torch.equal(before[name], tensor) for name, tensor in policy.adapter_weights().items())
+
+
+def test_an_adapter_and_the_weights_below_it_are_read_back_to_the_bit(adapting: Engine) -> None:
+    policy = adapting.policy(LORA)
+    perturb(policy, seed=5, scale=1e-6)
+    read_back = ReadBack(4, seed=0)
+    below = [name for name, _ in read_back.noting(policy.named_weights(merge=False))]
+    adapter = [name for name, _ in read_back.noting(policy.named_adapter())]
+    old = read_back.compare(adapting.sampler)
+    assert set(old.different) >= {name for name in adapter if ".lora_B." in name}
+    adapting.sampler.load_adapter(policy.named_adapter())
+    assert read_back.compare(adapting.sampler) == ReadBackResult(len(below) + len(adapter), 0, [])
+
+
+def test_what_cannot_be_pushed_is_refused(adapting: Engine, engine: Engine) -> None:
+    with pytest.raises(SamplerError, match="started for adapters: use load_adapter"):
+        adapting.sampler.load_weights([])
+    with pytest.raises(SamplerError, match="call expect_adapter before start"):
+        engine.sampler.load_adapter([])
+    with pytest.raises(ConfigurationError, match=r"policy.lora.rank up to 512 in vLLM, got 600: use merge"):
+        VLLMSampler().expect_adapter(600)
+
+
+def test_a_module_that_vllm_cannot_adapt_is_refused(adapting: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM itself would pass over it, and sample from half an adapter."""
+    monkeypatch.setattr(adapting.sampler, "_failure", None)  # and is forgotten afterwards
+    matrices = [("model.norm.lora_A.weight", torch.ones(4, 64)), ("model.norm.lora_B.weight", torch.ones(64, 4))]
+    with pytest.raises(SamplerError, match=r"cannot adapt model.norm: leave it out of policy.lora.target_modules"):
+        adapting.sampler.load_adapter(matrices)
+
+
+def test_weights_below_an_adapter_survive_sleep(adapting: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    sampler, calls = adapting.sampler, []  # type: ignore[var-annotated]
+    monkeypatch.setattr(sampler, "sleep_between_phases", True)
+    monkeypatch.setattr(sampler._engine, "sleep", _recording(calls, "sleep", sampler._engine.sleep))  # type: ignore[union-attr]
+    sampler.sleep()
+    assert sampler.wake() is True
+    assert calls == [("sleep", (), {"level": 1})]
+    policy = adapting.policy(LORA)
+    perturb(policy, seed=7, scale=0.1)
+    sampler.load_adapter(policy.named_adapter())
+    assert adapting.gap(policy) < TOLERANCE
+
+
+def test_training_with_adapters_in_the_engine(tmp_path: Path) -> None:
+    run = Run(make_checkpoint(tmp_path, hidden_size=32, num_layers=1), max_steps=3, lora=True, sync={"lora": "adapter"})
+    sampler = VLLMSampler(kv_cache_mb=64)
+    result = fit(run, sampler=sampler)
+    assert result.series("sync/checked_share") == [1.0] * 3
+    assert max(result.series("sync/canary_gap") + result.series("sync/logprob_gap_max")) < TOLERANCE
