@@ -164,7 +164,8 @@ def test_reference_previous_policy_and_phases_work_on_two_ranks(checkpoint, one_
         branching=PREVIOUS,
         lora=True,
         optimizer=SMALL_STEPS,
-        loss=LossOptions(kl="k3", kl_coefficient=0.1, importance_cap=1.0),
+        # Below 1: it binds on every token, whatever rounding makes of the ratio.
+        loss=LossOptions(kl="k3", kl_coefficient=0.1, importance_cap=0.9),
         strategy=strategy,
     )
     assert_same_training(run_ranks(fit, run), one_process(run))
