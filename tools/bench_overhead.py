@@ -181,7 +181,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "quick start": {"warm_up": 8, "steps": 20, "arguments": []},
     "1,000 tokens": {
         "warm_up": 2,
-        "steps": 4,
+        "steps": 2,
         "arguments": [
             *("--data.rollout.max_response_tokens", "1000", "--data.prompts_per_phase", "4"),
             *("--data.prompts_per_mini_batch", "2", "--model.micro_batch_tokens", "16384"),
@@ -238,11 +238,11 @@ def main() -> None:
             environment = {"GOMP_SPINCOUNT": "0", "TOKENIZERS_PARALLELISM": "false", **os.environ}
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
             results[name] = json.loads(done.stdout.splitlines()[-1])
+        if options.json:  # after each setting: the next one may be stopped
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            figures = {"cores": os.cpu_count(), "load_average": os.getloadavg()[0], "settings": results}
+            options.json.write_text(json.dumps(figures, indent=2) + "\n")
     print_table(results)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        figures = {"cores": os.cpu_count(), "load_average": os.getloadavg()[0], "settings": results}
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -316,8 +316,8 @@ def logged(tiny, tmp_path_factory) -> dict[str, set[str]]:
         *("--config", str(QUICKSTART), *_quick(tiny, folder / "appo"), "--data.sampler", "TransformersSampler"),
         *("--data.reward", "test_docs.EveryOther", "--data.validation.init_args.size", "32"),
         *("--data.prompts_per_phase", "8", "--data.prompts_per_mini_batch", "8", "--trainer.max_steps", "2"),
-        *("--data.branching.max_refills", "1"),
-        *("--data.rollout.patience_s", "60"),
+        *("--data.branching.max_refills", "1", "--data.rollout.patience_s", "60"),
+        *("--model.loss.importance_cap", "2"),
         *("--model.loss.kl", "k3", "--model.loss.kl_coefficient", "0.01", "--trainer.val_check_interval", "2"),
     ]
     assert main(["fit", *short]) == 0
