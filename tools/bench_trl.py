@@ -266,7 +266,13 @@ def main() -> None:
     parser.add_argument("--venv", type=Path, default=ROOT / "runs" / "bench" / "trl-venv", help="TRL's environment")
     parser.add_argument("--torch-index", help="where pip finds the CPU build of torch, if not in its own index")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--show", type=Path, nargs="+", help="measure nothing: print the table of such files")
     options = parser.parse_args()
+    if options.show:
+        print(
+            table({name: case for path in options.show for name, case in json.loads(path.read_text())["cases"].items()})
+        )
+        return
     trl_python = trl_environment(options.venv.resolve(), options.torch_index)
     cases = {name: run_case(name, options, trl_python) for name in options.cases}
     print(table(cases))
