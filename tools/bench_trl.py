@@ -221,7 +221,7 @@ def run_case(name: str, options: argparse.Namespace, trl_python: Path) -> dict[s
             {
                 "theirs": theirs,
                 "ours": ours,
-                "ratio": statistics.median(a / b for a, b in zip(seconds[theirs], seconds[ours], strict=True)),
+                "rounds": [a / b for a, b in zip(seconds[theirs], seconds[ours], strict=True)],
             }
             for theirs in case.theirs
             for ours in case.ours
@@ -234,17 +234,16 @@ def run_case(name: str, options: argparse.Namespace, trl_python: Path) -> dict[s
 
 def table(cases: dict[str, dict[str, Any]]) -> str:
     """Seconds per step, and TRL's over ours."""
-    lines = [
-        f"{'seconds per training step':40}{'theirs':22}{'ours':13}{'theirs':>8}{'ours':>8}{'ratio':>8}{'wanted':>8}"
-    ]
+    title = f"{'seconds per training step':40}{'theirs':22}{'ours':13}"
+    lines = [f"{title}{'theirs':>7}{'ours':>7}{'ratio':>7}{'lowest':>8}{'highest':>9}{'wanted':>8}"]
     for case in cases.values():
         median, title = case["median_seconds"], case["title"]
         for row in case["ratios"]:
-            theirs, ours = row["theirs"], row["ours"]
+            theirs, ours, rounds = row["theirs"], row["ours"], row["rounds"]
             wanted = f"{case['wanted']:.1f}" if theirs == "trl" else ""
             lines.append(
-                f"{title:40}{NAMES[theirs]:22}{NAMES[ours]:13}"
-                f"{median[theirs]:8.2f}{median[ours]:8.2f}{row['ratio']:8.2f}{wanted:>8}"
+                f"{title:40}{NAMES[theirs]:22}{NAMES[ours]:13}{median[theirs]:7.2f}{median[ours]:7.2f}"
+                f"{statistics.median(rounds):7.2f}{min(rounds):8.2f}{max(rounds):9.2f}{wanted:>8}"
             )
             title = ""
     return "\n".join(lines)
@@ -266,7 +265,13 @@ def main() -> None:
     parser.add_argument("--venv", type=Path, default=ROOT / "runs" / "bench" / "trl-venv", help="TRL's environment")
     parser.add_argument("--torch-index", help="where pip finds the CPU build of torch, if not in its own index")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--show", type=Path, nargs="+", help="measure nothing: print the table of such files")
     options = parser.parse_args()
+    if options.show:
+        print(
+            table({name: case for path in options.show for name, case in json.loads(path.read_text())["cases"].items()})
+        )
+        return
     trl_python = trl_environment(options.venv.resolve(), options.torch_index)
     cases = {name: run_case(name, options, trl_python) for name in options.cases}
     print(table(cases))
