@@ -152,7 +152,7 @@ class VLLMSampler(Sampler):
             try:
                 self._engine = start_engine(self._engine_arguments(checkpoint, config, max_length))
             except Exception as error:
-                raise SamplerError(f"vLLM did not start: {error}") from error
+                raise SamplerError(f"vLLM did not start: {_told(error)}") from error
         self._tokenizer = tokenizer
         self._max_length = max_length
         self._vocab_size = int(config.get_text_config().vocab_size)
@@ -398,7 +398,7 @@ class VLLMSampler(Sampler):
             self._failure = error
             if isinstance(error, SamplerError):
                 raise
-            raise EngineFailure(f"vLLM failed to {action}: {type(error).__name__}: {error}") from error
+            raise EngineFailure(f"vLLM failed to {action}: {_told(error)}") from error
 
     @contextmanager
     def _sampling_threads(self) -> Iterator[None]:
@@ -436,6 +436,14 @@ class _StopDetector:
 
     def get_next_output_text(self, finished: bool, delta: bool) -> str:
         return ""
+
+
+def _told(error: Exception) -> str:
+    said = f"{type(error).__name__}: {error}"
+    # torch has a class for accelerators; on a CPU the allocator's message is all there is.
+    if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in said:
+        return f"out of memory; lower sampler.max_num_seqs, kv_cache_mb or gpu_memory_utilization ({said})"
+    return said
 
 
 def _checkpoint_dtype(config: Any) -> str:
