@@ -207,6 +207,7 @@ class VLLMSampler(Sampler):
     def wake(self) -> bool:
         if not self._asleep:
             return True
+        torch.cuda.empty_cache()  # torch keeps what training has freed; vLLM asks the device for its memory
         if not self._adapter_rank:
             return False  # load_weights wakes it
         with self._failing_for_good("wake up"):
