@@ -271,6 +271,7 @@ class SamplerContract:
             ({"max_tokens": 0}, "max_tokens must be at least 1, got 0"),
             ({"seed": -1}, "seed must be in"),
             ({"temperature": 0.001}, "temperature must be 0 .* got 0.001"),
+            ({"temperature": 2.5}, r"temperature must be 0 \(greedy\) or in \[0.01, 2\], got 2.5"),
             ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
             ({"top_k": -1}, "top_k must be 0 .* got -1"),
             ({"min_p": 1.5}, r"min_p must be in \[0, 1\], got 1.5"),

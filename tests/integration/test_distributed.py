@@ -385,7 +385,7 @@ def fit_poisoned(run: Run) -> None:
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_an_error_on_one_rank_is_an_error_on_all(checkpoint, tmp_path: Path, strategy) -> None:
     run = Run(checkpoint, strategy=strategy)
-    assert_raises_on_every_rank("nats on average on rank 1", fit_deaf, run)
+    assert_raises_on_every_rank("rank 1: after a weight push the sampler holds other numbers", fit_deaf, run)
     run.trainer = {"default_root_dir": str(tmp_path)}
     assert_raises_on_every_rank("at step 0; the rollouts of this step are in", fit_poisoned, run)
     names = {f"failed_step_0_rank_{rank}.jsonl" for rank in range(2)}

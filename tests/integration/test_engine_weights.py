@@ -16,7 +16,7 @@ from appo_lightning.errors import ConfigurationError, SamplerError, WeightSyncEr
 from appo_lightning.policy.causal_lm import CausalPolicy
 from appo_lightning.policy.options import LoraOptions, PolicyOptions
 from appo_lightning.samplers import vllm
-from appo_lightning.samplers.base import generate
+from appo_lightning.samplers.base import Completion, SampleRequest, generate
 from appo_lightning.samplers.read_back import ReadBack, ReadBackResult
 from appo_lightning.samplers.vllm import VLLMSampler
 from helpers.sampler_contract import TOLERANCE, some_requests
@@ -113,6 +113,61 @@ def test_an_output_layer_that_was_not_packed_again_is_named(engine: Engine, monk
     assert engine.push(policy).different == ["model.embed_tokens.weight"]
 
 
+class Accountant(VLLMSampler):
+    """Compares what the prefix cache serves with what was computed since the last push, and before it."""
+
+    BLOCK = 32
+
+    def __init__(self) -> None:
+        super().__init__(kv_cache_mb=64)
+        self.finished: list[list[int]] = []  # since the last push
+        self.older: list[list[int]] = []
+        self.asked: dict[int, tuple[int, int, int]] = {}
+        self.served: list[tuple[int, int, int, int]] = []  # from cache; possible by finished, by all, by older ones
+        self.running: dict[int, list[int]] = {}
+
+    def load_weights(self, weights: Any) -> None:
+        super().load_weights(weights)
+        self.older, self.finished = self.older + self.finished, []
+
+    def submit(self, request: SampleRequest) -> None:
+        super().submit(request)
+        by_finished = self._blocks(request.token_ids, self.finished)
+        by_all = self._blocks(request.token_ids, self.finished + list(self.running.values()))
+        self.asked[request.id] = (by_finished, by_all, self._blocks(request.token_ids, self.older))
+        self.running[request.id] = request.token_ids
+
+    def step(self) -> list[Completion]:
+        completions = super().step()
+        for completion in completions:
+            # Of the token sampled last nothing was computed.
+            self.finished.append([*self.running.pop(completion.id), *completion.token_ids[:-1]])
+            self.served.append((completion.cached_tokens, *self.asked.pop(completion.id)))
+        return completions
+
+    def _blocks(self, token_ids: list[int], others: list[list[int]]) -> int:
+        shared = max((_common(token_ids[:-1], other) for other in others), default=0)
+        return shared // self.BLOCK * self.BLOCK
+
+
+def _common(first: list[int], second: list[int]) -> int:
+    pairs = zip(first, second, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
+
+
+def test_cached_prefixes_live_exactly_as_long_as_the_weights(tmp_path: Path) -> None:
+    """Branches of the first mini-batch continue what the roots have computed; after a push nothing old is served."""
+    sampler = Accountant()
+    run = Run(make_checkpoint(tmp_path, hidden_size=32, num_layers=1), max_steps=2)
+    run.sync = {"canary_prompts": 0}
+    result = fit(run, sampler=sampler)
+    assert all(by_finished <= cached <= by_all for cached, by_finished, by_all, _ in sampler.served)
+    assert any(by_finished > 0 for _, by_finished, _, _ in sampler.served)
+    # What only the old weights had computed was asked for again, and computed again.
+    assert any(old > by_all for _, _, by_all, old in sampler.served)
+    assert result.series("rollout/cached_token_share")[0] > 0
+
+
 def one_step_later(policy: CausalPolicy) -> ReadBack:
     """What an optimiser step at a learning rate of 1e-6 makes of a policy; and no push."""
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, weight_decay=0.0)
@@ -154,7 +209,7 @@ def test_a_prefix_cache_that_outlived_a_push_is_noticed(tmp_path: Path, monkeypa
             monkeypatch.setattr(self._engine, "reset_prefix_cache", lambda: True)
 
     sampler = Forgetful(kv_cache_mb=64)
-    with pytest.raises(WeightSyncError, match="took 64 tokens from its prefix cache, which belongs to the old weights"):
+    with pytest.raises(WeightSyncError, match="took 32 tokens from its prefix cache, which belongs to the old weights"):
         fit(run, sampler=sampler)
     sampler.close()
 

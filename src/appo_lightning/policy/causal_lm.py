@@ -185,8 +185,8 @@ class CausalPolicy(nn.Module):
     def named_weights(self, *, merge: bool = True) -> Iterator[tuple[str, Tensor]]:
         """Every weight under its transformers name, whole; the module is untouched.
 
-        One tensor at a time, so that the peak under sharding is one tensor. Collective under sharding: every rank
-        must exhaust it.
+        One tensor at a time, which bounds the peak under sharding by two copies of the largest. Collective under
+        sharding: every rank must exhaust it.
 
         Args:
             merge: fold adapters in; False gives the weights below them.

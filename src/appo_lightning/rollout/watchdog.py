@@ -13,7 +13,6 @@ from types import FrameType
 
 from appo_lightning.errors import EngineFailure
 
-_GRACE_S = 30.0
 # Not the signal of Ctrl-C: a process in the background of a script ignores that one, and a user may send it.
 _SIGNAL = signal.SIGUSR2
 
@@ -27,14 +26,15 @@ class Watchdog:
 
     Two ways to hang: steps that return and sample nothing (``look``), and a step that does not return (``guard``). The
     second is interrupted by a signal; code that cannot be interrupted, such as a hung kernel, ends the
-    process with one line after a grace of 30 seconds.
+    process with one line after a grace.
 
     Args:
         limit_s: longest time without a token.
+        grace_s: seconds that an interrupted step has to end.
     """
 
-    def __init__(self, limit_s: float) -> None:
-        self._limit_s = limit_s
+    def __init__(self, limit_s: float, grace_s: float = 30.0) -> None:
+        self._limit_s, self._grace_s = limit_s, grace_s
         self._look_again_s = min(1.0, limit_s / 4)
         self._seen = -1
         self._since = self._next_look = time.monotonic()
@@ -109,6 +109,6 @@ class Watchdog:
             if not self._fired:
                 self._fired = True
                 signal.pthread_kill(threading.main_thread().ident or 0, _SIGNAL)
-            elif time.monotonic() - entered > self._limit_s + _GRACE_S:
+            elif time.monotonic() - entered > self._limit_s + self._grace_s:
                 print(f"error: {self._message()} and cannot be interrupted", file=sys.stderr, flush=True)
                 os._exit(1)

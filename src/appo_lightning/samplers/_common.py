@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from appo_lightning.errors import SamplerError
-from appo_lightning.samplers.base import MIN_TEMPERATURE, SampleRequest
+from appo_lightning.samplers.base import MAX_TEMPERATURE, MIN_TEMPERATURE, SampleRequest
 from appo_lightning.tokens import decode_tokens
 
 if TYPE_CHECKING:
@@ -43,8 +43,10 @@ def check_request(request: SampleRequest, *, max_length: int, vocab_size: int, u
         )
     if not 0 <= request.seed < 2**63:
         raise SamplerError(f"seed must be in [0, 2**63), got {request.seed}")
-    if request.temperature != 0.0 and not request.temperature >= MIN_TEMPERATURE:
-        raise SamplerError(f"temperature must be 0 (greedy) or at least {MIN_TEMPERATURE}, got {request.temperature}")
+    if request.temperature != 0.0 and not MIN_TEMPERATURE <= request.temperature <= MAX_TEMPERATURE:
+        raise SamplerError(
+            f"temperature must be 0 (greedy) or in [{MIN_TEMPERATURE}, {MAX_TEMPERATURE:g}], got {request.temperature}"
+        )
     if not 0.0 < request.top_p <= 1.0:
         raise SamplerError(f"top_p must be in (0, 1], got {request.top_p}")
     if request.top_k < 0:

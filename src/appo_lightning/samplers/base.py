@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 # Engines clamp or ignore what is colder; the log-probs would then not be those of the temperature asked for.
 MIN_TEMPERATURE = 0.01
+MAX_TEMPERATURE = 2.0  # vLLM's
 
 
 @dataclass(slots=True)

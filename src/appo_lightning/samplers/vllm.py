@@ -153,7 +153,7 @@ class VLLMSampler(Sampler):
             try:
                 self._engine = start_engine(self._engine_arguments(checkpoint, config, max_length))
             except Exception as error:
-                raise SamplerError(f"vLLM did not start: {error}") from error
+                raise SamplerError(f"vLLM did not start: {_told(error)}") from error
         self._tokenizer = tokenizer
         self._max_length = max_length
         self._vocab_size = int(config.get_text_config().vocab_size)
@@ -208,6 +208,7 @@ class VLLMSampler(Sampler):
     def wake(self) -> bool:
         if not self._asleep:
             return True
+        torch.cuda.empty_cache()  # torch keeps what training has freed; vLLM asks the device for its memory
         if not self._adapter_rank:
             return False  # load_weights wakes it
         with self._failing_for_good("wake up"):
@@ -396,7 +397,7 @@ class VLLMSampler(Sampler):
             self._failure = error
             if isinstance(error, SamplerError):
                 raise
-            raise EngineFailure(f"vLLM failed to {action}: {type(error).__name__}: {error}") from error
+            raise EngineFailure(f"vLLM failed to {action}: {_told(error)}") from error
 
     @contextmanager
     def _sampling_threads(self) -> Iterator[None]:
@@ -443,6 +444,14 @@ class _StopDetector:
 
     def get_next_output_text(self, finished: bool, delta: bool) -> str:
         return ""
+
+
+def _told(error: Exception) -> str:
+    said = f"{type(error).__name__}: {error}"
+    # torch has a class for accelerators; on a CPU the allocator's message is all there is.
+    if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in said:
+        return f"out of memory; lower sampler.max_num_seqs, kv_cache_mb or gpu_memory_utilization ({said})"
+    return said
 
 
 def _checkpoint_dtype(config: Any) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 import time
 from typing import Any
 
@@ -149,6 +151,26 @@ def test_a_stalled_engine_is_replaced_where_ctrl_c_is_ignored():
         test_a_stalled_engine_is_replaced(sleeps=True)
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+def test_a_step_that_nothing_can_interrupt_ends_the_process_with_one_line():
+    """A lock that is never freed is waited for again after every signal, as a hung kernel would be."""
+    program = """
+import ctypes
+from appo_lightning.rollout.watchdog import Watchdog
+
+watchdog = Watchdog(0.2, grace_s=0.4)
+libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+libc.pthread_mutex_lock(mutex)
+with watchdog.watching(), watchdog.guard():
+    libc.pthread_mutex_lock(mutex)
+print("went on")
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ended.stderr == (
+        "error: the engine sampled no token for 0.2 seconds (data.rollout.stall_timeout_s) and cannot be interrupted\n"
+    )
 
 
 def test_a_slow_engine_that_samples_is_no_stall():

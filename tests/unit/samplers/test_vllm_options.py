@@ -5,11 +5,12 @@ import sys
 import warnings
 
 import pytest
+import torch
 
 from appo_lightning.errors import ConfigurationError, SamplerError
 from appo_lightning.samplers import _vllm_engine
 from appo_lightning.samplers.base import SampleRequest
-from appo_lightning.samplers.vllm import VLLMSampler
+from appo_lightning.samplers.vllm import VLLMSampler, _told
 from helpers.tiny import build_tokenizer
 
 
@@ -53,3 +54,11 @@ def test_an_untested_version_warns_once() -> None:
 def test_a_sampler_that_was_not_started_says_so() -> None:
     with pytest.raises(SamplerError, match="call start first"):
         VLLMSampler().submit(SampleRequest(0, [1], 1, seed=0))
+
+
+def test_out_of_memory_names_what_to_lower() -> None:
+    with pytest.raises(RuntimeError) as found:
+        torch.empty(1 << 50)
+    for error in (found.value, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")):
+        assert _told(error).startswith("out of memory; lower sampler.max_num_seqs, kv_cache_mb or gpu_memory")
+    assert _told(KeyError("q")) == "KeyError: 'q'"
