@@ -69,6 +69,7 @@ class ProcedureBatch:
     temperature: float
     trees: list[RolloutTree]
     fallback: Tensor  # [num_roots] bool: the gain was only noise, entropy alone chose
+    scored: bool = True  # False: old and current log-probs and entropies come from the training step's own forward
     advantages: Tensor | None = None  # [B, L], written by ProcedureAdvantageScaling
     influence: Tensor | None = None  # [B, L], written by ProcedureAdvantageScaling
 
@@ -158,6 +159,7 @@ def build_batch(
     branch_old: Sequence[TraceScores] | None = None,
     branch_current: Sequence[TraceScores] | None = None,
     drop_overlong: bool = False,
+    scored: bool = True,
 ) -> ProcedureBatch:
     """Trees as one mini-batch.
 
@@ -169,6 +171,7 @@ def build_batch(
         temperature: that the log-probs are taken at.
         branch_old: per branch, of the weights that sampled it; given, branches become rows (``train_branches``).
         branch_current: per branch, of the current weights; given with ``branch_old``.
+        scored: False if ``old`` and ``current`` only hold places, which the training step fills.
         drop_overlong: no token of a response that was cut by its budget is trained on.
     """
     roots = [root for tree in trees for root in tree.roots]
@@ -211,6 +214,7 @@ def build_batch(
         temperature=temperature,
         trees=list(trees),
         fallback=torch.tensor(list(fallback), dtype=torch.bool),
+        scored=scored,
     )
 
 

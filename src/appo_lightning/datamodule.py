@@ -321,17 +321,38 @@ class RolloutSource:
                     f"data.branching.num_roots = {wanted}; resume with {found}"
                 )
             return phase
-        data, module = self._data, self._data.module
         phase = self.runner.begin(index, tasks, self._refill(phase_in_epoch))
-        # The noise floor decides where to branch: the same on every rank, measured on all tokens.
-        with self._ranks.collective():
-            phase.gap = _gap_of_all_ranks(phase)
-            if data.check_gap is not None and data.sampler.provides_logprobs:
-                data.check_gap(phase.gap)
-        module.on_phase_begin()
+        if phase.gap is not None:
+            # The noise floor decides where to branch: the same on every rank, measured on all tokens.
+            tokens = sum(root.num_sampled for group in phase.roots for root in group)
+            with self._ranks.collective():
+                phase.gap = self._checked_gap(phase.gap, tokens)
+        self._data.module.on_phase_begin()
         if self._data.branching.sampled_per == "phase":
             self.runner.branch(phase)
         return phase
+
+    def measure_gap(self, batch: ProcedureBatch) -> LogprobGap:
+        """How far sampler and trainer were apart on the roots of the phase. Collective, and once per phase.
+
+        Args:
+            batch: of the phase, after its update.
+
+        Raises:
+            WeightSyncError: further than numerics explain.
+        """
+        assert self.phase is not None
+        if self.phase.gap is None:
+            differences = (batch.old_logprobs - batch.behaviour_logprobs)[batch.mask]
+            self.phase.gap = self._checked_gap(LogprobGap.of(differences.cpu()), differences.numel())
+        return self.phase.gap
+
+    def _checked_gap(self, gap: LogprobGap, tokens: int) -> LogprobGap:
+        """The gap on the tokens of all ranks, from that on this rank's."""
+        gap = _gap_of_all_ranks(gap, tokens)
+        if self._data.check_gap is not None and self._data.sampler.provides_logprobs:
+            self._data.check_gap(gap)
+        return gap
 
     def _tasks(self, phase_in_epoch: int) -> list[Task]:
         """This rank's tasks of a phase; all ranks shuffle alike."""
@@ -377,6 +398,7 @@ class RolloutSource:
             seed=data.seed,
             is_blank=BlankTokens(data.module.policy.tokenizer),
             train_branches=data.train_branches,
+            update_scores=not data.branching.num_branches and self._visits_per_phase == 1,
             progress=data.report,
         )
 
@@ -419,9 +441,8 @@ class RolloutSource:
             self._stored_phase = phases[self._rank]
 
 
-def _gap_of_all_ranks(phase: Phase) -> LogprobGap:
-    tokens = sum(root.num_sampled for group in phase.roots for root in group)
-    parts = of_all_ranks((tokens, phase.gap.mean, phase.gap.rms, phase.gap.maximum))
+def _gap_of_all_ranks(gap: LogprobGap, tokens: int) -> LogprobGap:
+    parts = of_all_ranks((tokens, gap.mean, gap.rms, gap.maximum))
     total = max(1, sum(part[0] for part in parts))
     return LogprobGap(
         mean=sum(count * mean for count, mean, _, _ in parts) / total,

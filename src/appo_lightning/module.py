@@ -121,6 +121,7 @@ class _MicroBatch:
     advantages: Tensor  # [b, l]
     reference_logprobs: Tensor | None  # [b, l]
     packing: TreePacking | None = None  # of the sequences
+    unscored: tuple[ProcedureBatch, Tensor] | None = None  # whose rows [b] take their old log-probs from this forward
 
 
 class AppoModule(PolicyModule):
@@ -279,8 +280,11 @@ class AppoModule(PolicyModule):
             part.sequences.lengths,
             mask=mask,
             temperature=temperature,
+            entropy=part.unscored is not None,
             packing=part.packing,
         )
+        if part.unscored is not None:
+            part.old_logprobs = _record_scores(scored, *part.unscored)
         weight = self._importance_weight(part)
         result = clipped_policy_loss(
             scored.logprobs,
@@ -343,6 +347,7 @@ class AppoModule(PolicyModule):
                     batch.advantages[rows, :width],
                     None if reference is None else reference[rows, :width].to(self.device),
                     None if chunk.packing is None else chunk.packing.to(self.device),
+                    None if batch.scored else (batch, rows),
                 )
             )
         return parts
@@ -426,6 +431,20 @@ def _add_sums(metrics: MetricSums, sums: Sequence[dict[str, Tensor]]) -> None:
         tokens = values.pop("tokens")
         for name, value in values.items():
             metrics.add_sum(name, value, tokens)
+
+
+def _record_scores(scored: TokenScores, batch: ProcedureBatch, rows: Tensor) -> Tensor:
+    """Write what a forward before any step says of some rows into their batch; the log-probs, without gradient."""
+    logprobs, entropies = scored.logprobs.detach(), scored.entropies
+    assert entropies is not None
+    width = logprobs.shape[1]
+    for stored, values in (
+        (batch.old_logprobs, logprobs),
+        (batch.current_logprobs, logprobs),
+        (batch.entropies, entropies),
+    ):
+        stored[rows, :width] = values
+    return logprobs
 
 
 def _idle_micro_batch(device: torch.device) -> _MicroBatch:

@@ -66,7 +66,7 @@ class RolloutStatistics(L.Callback):
         metrics.add("rollout/group_reward_std", spread)
         metrics.add("rollout/equal_groups", [float(value == 0) for value in spread])
         metrics.add("policy/entropy", batch.entropies[batch.mask])
-        self._add_phase(trainer, metrics)
+        self._add_phase(trainer, metrics, batch)
         now = time.monotonic()
         metrics.add("time/step", now - self._last_end)  # from the end of one mini-batch to the end of the next
         self._last_end = now
@@ -77,7 +77,7 @@ class RolloutStatistics(L.Callback):
             if trainer.is_global_zero and batch.trees:
                 self._write_text(trainer, batch, directory)
 
-    def _add_phase(self, trainer: L.Trainer, metrics: MetricSums) -> None:
+    def _add_phase(self, trainer: L.Trainer, metrics: MetricSums, batch: ProcedureBatch) -> None:
         data: RolloutDataModule = trainer.datamodule  # type: ignore[attr-defined]
         runner: PhaseRunner | None = data.source.runner if data.source is not None else None
         if runner is None or data.source is None or data.source.phase is None:
@@ -95,7 +95,7 @@ class RolloutStatistics(L.Callback):
             metrics.add("rollout/late_rollouts", statistics.late)
         if data.branching.max_refills:
             metrics.add("rollout/refilled_prompts", sum(data.source.phase.refills))
-        gap = data.source.phase.gap
+        gap = data.source.measure_gap(batch)
         metrics.add_all(
             {
                 "sync/logprob_gap_mean": gap.mean,

@@ -204,5 +204,7 @@ class SamplerWeightSync(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if self._data.source is not None and self._data.source.phase is not None:
+            self._data.source.measure_gap(batch)  # before this step is saved, where it was not known before it
         metrics, self._metrics = self._metrics, MetricSums()
         log_metrics(trainer, metrics)

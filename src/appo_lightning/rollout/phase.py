@@ -31,6 +31,14 @@ class LogprobGap:
     rms: float = 0.0
     maximum: float = 0.0
 
+    @classmethod
+    def of(cls, differences: Tensor) -> LogprobGap:
+        """Of the differences [n] of some tokens."""
+        if differences.numel() == 0:
+            return cls()
+        gap = differences.double()
+        return cls(float(gap.abs().mean()), float(gap.square().mean().sqrt()), float(gap.abs().max()))
+
 
 def logprob_gap(trajectories: Sequence[Trajectory], scores: Sequence[TraceScores]) -> LogprobGap:
     """The gap on the sampled tokens of some trajectories, scored by the weights that sampled them."""
@@ -38,10 +46,7 @@ def logprob_gap(trajectories: Sequence[Trajectory], scores: Sequence[TraceScores
         (score.logprobs - torch.tensor(trajectory.behaviour_logprobs))[torch.tensor(trajectory.sampled)]
         for trajectory, score in zip(trajectories, scores, strict=True)
     ]
-    gap = torch.cat(gaps).double() if gaps else torch.zeros(0)
-    if gap.numel() == 0:
-        return LogprobGap()
-    return LogprobGap(float(gap.abs().mean()), float(gap.square().mean().sqrt()), float(gap.abs().max()))
+    return LogprobGap.of(torch.cat(gaps) if gaps else torch.zeros(0))
 
 
 @dataclass(slots=True)
@@ -97,7 +102,7 @@ class Phase:
     tasks: list[Task]
     roots: list[list[Trajectory]]  # per task
     old: list[list[TraceScores]]  # per task, per root
-    gap: LogprobGap
+    gap: LogprobGap | None  # None: not measured before the update, which scores the roots
     refills: list[int] = field(default_factory=list)  # prompts replaced, by round
     unscored: list[int] = field(default_factory=list)  # per task, roots that could not be scored and are left out
     branches: Branches | None = None  # of all prompts, with sampled_per = "phase"
@@ -110,7 +115,7 @@ class Phase:
             "task_ids": [task.id for task in self.tasks],
             "roots": [[trajectory_to_dict(root) for root in group] for group in self.roots],
             "old": _scores_to_state(self.old),
-            "gap": (self.gap.mean, self.gap.rms, self.gap.maximum),
+            "gap": None if self.gap is None else (self.gap.mean, self.gap.rms, self.gap.maximum),
             "refills": self.refills,
             "unscored": self.unscored,
             "branches": None if self.branches is None else self.branches.state_dict(),
@@ -147,6 +152,6 @@ class Phase:
             unscored=list(state["unscored"]),
             roots=[[trajectory_from_dict(root) for root in group] for group in state["roots"]],
             old=_scores_from_state(state["old"]),
-            gap=LogprobGap(*state["gap"]),
+            gap=None if state["gap"] is None else LogprobGap(*state["gap"]),
             branches=None if state.get("branches") is None else Branches.from_state_dict(state["branches"]),
         )

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from appo_lightning.batching import ProcedureBatch, TraceScores, build_batch
@@ -73,6 +74,8 @@ class PhaseRunner:
         seed: of the run.
         is_blank: white-space tokens.
         train_branches: branches become rows of the batch.
+        update_scores: a phase has no branches and one update, which starts from the weights that sampled the roots: its
+            own forward pass gives their log-probs and entropies, and none is made here.
         progress: called with (stage, finished, total).
     """
 
@@ -84,11 +87,12 @@ class PhaseRunner:
     seed: int
     is_blank: BlankTokens
     train_branches: bool = False
+    update_scores: bool = False
     progress: Callable[[str, int, int], None] | None = None
     times: PhaseTimes = field(default_factory=PhaseTimes)
 
     def begin(self, index: int, tasks: list[Task], refill: Refill | None = None) -> Phase:
-        """Sample the roots of a phase and score them with the weights that sampled them.
+        """Sample the roots of a phase; score them with the weights that sampled them, unless the update does.
 
         Args:
             index: of the phase: names the seeds.
@@ -107,11 +111,12 @@ class PhaseRunner:
             for i, task, group in zip(equal, others, self._sample_roots(index, others), strict=False):
                 tasks[i], roots[i] = task, group
         flat = [root for group in roots for root in group]
-        scores = self._score(flat)
+        scores = [_not_yet(root) for root in flat] if self.update_scores else self._score(flat)
         remaining = iter(scores)
         old = [[next(remaining) for _ in group] for group in roots]
         unscored = [self.options.num_roots - len(group) for group in roots]
-        return Phase(index, self.policy.version, tasks, roots, old, logprob_gap(flat, scores), refills, unscored)
+        gap = None if self.update_scores else logprob_gap(flat, scores)
+        return Phase(index, self.policy.version, tasks, roots, old, gap, refills, unscored)
 
     def _sample_roots(self, index: int, tasks: list[Task]) -> list[list[Trajectory]]:
         count = self.options.num_roots
@@ -172,6 +177,7 @@ class PhaseRunner:
             branch_old=branch_old,
             branch_current=branch_current,
             drop_overlong=self.limits.overlong == "drop",
+            scored=not self.update_scores,
         )
 
     def _branch(self, phase: Phase, rows: Sequence[int], current: Sequence[TraceScores], seed: int) -> Branches:
@@ -193,6 +199,7 @@ class PhaseRunner:
             started = time.monotonic()
             base = self.policy.score_previous(roots, temperature=self.limits.temperature)
             self.times.score += time.monotonic() - started
+        assert phase.gap is not None
         plan = plan_branches(
             trees,
             current,
@@ -255,3 +262,8 @@ class PhaseRunner:
         if self.limits.overlong == "penalty":
             penalise_overlong(trajectories, self.limits)
         self.times.reward += time.monotonic() - started
+
+
+def _not_yet(trajectory: Trajectory) -> TraceScores:
+    """Holds the place of scores that the update gives: those of the sampler, so that nothing has moved."""
+    return TraceScores(torch.tensor(trajectory.behaviour_logprobs), torch.zeros(len(trajectory.response_ids)))
