@@ -5,7 +5,7 @@
 Two settings: the quick start, and responses of 1,000 tokens by a random policy that never ends its turn. Each runs in a
 process of its own. Functions of the package, of Lightning and of torch are wrapped, so that every moment of the main
 thread belongs to exactly one row: that of the innermost wrapped function that is running. What no row claims is
-Lightning's. A weight push and a canary claim all that happens inside them. The clock starts after whole phases that
+Lightning's. A weight push and the checks after it claim all that happens inside them. The clock starts after whole phases that
 warm up, and runs for whole phases.
 """
 
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 USEFUL = ("engine", "tools", "forward", "forward and backward", "optimiser")
-SEALED = ("weight push", "canary")  # own what happens inside
+SEALED = ("weight push", "sync checks")  # own what happens inside
 ROWS = (*USEFUL, *SEALED, "loop", "reward", "plan and batch", "statistics", "progress bar", "checkpoint", "Lightning")
 
 # Where: module, attribute; row, or how to tell it from the arguments.
@@ -35,11 +35,11 @@ WATCHED: list[tuple[str, str, str]] = [
     ("appo_lightning.samplers.vllm", "VLLMSampler.step", "engine"),
     ("appo_lightning.samplers.vllm", "VLLMSampler.submit", "engine"),
     ("appo_lightning.samplers.vllm", "VLLMSampler.load_weights", "weight push"),
-    ("appo_lightning.callbacks.weight_sync", "SamplerWeightSync._check_canary", "canary"),
+    ("appo_lightning.callbacks.weight_sync", "SamplerWeightSync._problem", "sync checks"),
     ("appo_lightning.rollout.loop", "RolloutLoop.run", "loop"),
-    ("appo_lightning.rollout.phase", "score_rewards", "reward"),
-    ("appo_lightning.rollout.phase", "plan_branches", "plan and batch"),
-    ("appo_lightning.rollout.phase", "build_batch", "plan and batch"),
+    ("appo_lightning.rollout.runner", "score_rewards", "reward"),
+    ("appo_lightning.rollout.runner", "plan_branches", "plan and batch"),
+    ("appo_lightning.rollout.runner", "build_batch", "plan and batch"),
     ("appo_lightning.datamodule", "RolloutSource._draw", "plan and batch"),
     ("appo_lightning.callbacks.advantage_scaling", "ProcedureAdvantageScaling.on_train_batch_start", "plan and batch"),
     ("appo_lightning.module", "AppoModule.training_step", "plan and batch"),
@@ -119,7 +119,7 @@ def watch(clock: Clock) -> None:
         else:
             wrap(owner, name, lambda _, row=row: row)
     # Only a wait is the tools': a look at what has ended is the loop's.
-    wrap(ToolPool, "poll", lambda options: "tools" if options["block"] else "loop")
+    wrap(ToolPool, "poll", lambda options: "tools" if options.get("wait_s") else "loop")
 
 
 def measure(arguments: list[str], *, warm_up: int, steps: int) -> dict[str, Any]:

@@ -82,7 +82,7 @@ def work(tokens: int) -> dict[str, Callable[[], Any]]:
     clips = {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 3.0}
     is_blank, limits = BlankTokens(Words()), BranchingOptions(ROOTS, ROOTS + BRANCHES)  # type: ignore[arg-type]
     batch = build_batch(trees, old=scores[:4], current=scores[:4], fallback=[False] * 4, temperature=1.0,
-                        branch_scores=scores[4:])  # fmt: skip
+                        branch_old=scores[4:], branch_current=scores[4:])  # fmt: skip
     rows = batch.sequences
 
     def plan() -> Any:
@@ -104,7 +104,13 @@ def work(tokens: int) -> dict[str, Callable[[], Any]]:
         "future influence": lambda: future_influence(gain, advantage, mask, **influence),
         "clipped loss": lambda: clipped_policy_loss(0.1 * gain, 0.0 * gain, advantage, mask, **clips),
         "rollouts to a batch": lambda: build_batch(
-            trees, old=scores[:4], current=scores[:4], fallback=[False] * 4, temperature=1.0, branch_scores=scores[4:]
+            trees,
+            old=scores[:4],
+            current=scores[:4],
+            fallback=[False] * 4,
+            temperature=1.0,
+            branch_old=scores[4:],
+            branch_current=scores[4:],
         ),
         "packing": pack,
         "to a checkpoint and back": lambda: [trajectory_from_dict(trajectory_to_dict(root)) for root in roots],
