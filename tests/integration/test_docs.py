@@ -268,6 +268,7 @@ def test_examples_train_together(tiny, tmp_path, monkeypatch):
     config = ["--config", str(QUICKSTART), "--config", str(EXAMPLES / "dates.yaml")]
     few = ("--data.prompts_per_phase", "2", "--data.prompts_per_mini_batch", "2", "--trainer.max_steps", "1")
     more = ("--data.sampler", "TransformersSampler", "--data.tools+=notes_tool.NotesTool")
+    more += ("--data.tools+=FunctionTool", "--data.tools.function=convert_tool.convert")
     policy = tmp_path / "sft" / "exported"
     assert main(["fit", *config, *_quick(policy, tmp_path / "appo"), *few, *more]) == 0
     assert "How many days" in (tmp_path / "appo" / "rollout_sample.txt").read_text()
