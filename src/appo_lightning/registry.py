@@ -11,6 +11,7 @@ COMPONENTS = (
     "appo_lightning.tools.python",
     "appo_lightning.tools.search",
     "appo_lightning.tools.function",
+    "appo_lightning.tools.mcp",
     "appo_lightning.rewards.tagged",
     "appo_lightning.rewards.mathematics",
     "appo_lightning.tasks.lookup",
