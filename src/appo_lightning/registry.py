@@ -12,6 +12,7 @@ COMPONENTS = (
     "appo_lightning.tools.search",
     "appo_lightning.tools.function",
     "appo_lightning.tools.mcp",
+    "appo_lightning.tools.web",
     "appo_lightning.rewards.tagged",
     "appo_lightning.rewards.mathematics",
     "appo_lightning.tasks.lookup",

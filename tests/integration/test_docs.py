@@ -18,6 +18,7 @@ from appo_lightning.lightning_cli import find_stage
 from appo_lightning.rewards.base import Reward, Score
 from appo_lightning.tasks.demonstrations import LABELS
 from appo_lightning.tasks.lookup import create, create_tiny_policy
+from appo_lightning.tools.base import StatelessTool
 from appo_lightning.types import StopReason, ToolError
 from helpers.parsed import ParsedOnly
 
@@ -285,10 +286,22 @@ class EveryOther(Reward):
         return Score(float(right), success=right, parts={"evenness": float(right)})
 
 
+class Counting(StatelessTool):
+    """Counts like a tool with a cache and a network."""
+
+    name = "counting"
+
+    def run(self, argument, task):
+        return argument
+
+    def take_counts(self):
+        return {"lookups": 2, "hits": 1, "retries": 1}
+
+
 VALUES = {
     "<part>": ("evenness",),
     "<reason>": get_args(StopReason),
-    "<tool>": ("search", "python"),
+    "<tool>": ("search", "python", "counting"),
     "<error>": get_args(ToolError),
     "<label>": LABELS,
 }
@@ -317,7 +330,7 @@ def logged(tiny, tmp_path_factory) -> dict[str, set[str]]:
         *("--config", str(QUICKSTART), *_quick(tiny, folder / "appo"), "--data.sampler", "TransformersSampler"),
         *("--data.reward", "test_docs.EveryOther", "--data.validation.init_args.size", "32"),
         *("--data.prompts_per_phase", "8", "--data.prompts_per_mini_batch", "8", "--trainer.max_steps", "2"),
-        *("--data.branching.max_refills", "1"),
+        *("--data.branching.max_refills", "1", "--data.tools+=test_docs.Counting"),
         *("--model.loss.kl", "k3", "--model.loss.kl_coefficient", "0.01", "--trainer.val_check_interval", "2"),
     ]
     assert main(["fit", *short]) == 0

@@ -10,6 +10,7 @@ import lightning as L
 from appo_lightning.batching import ProcedureBatch
 from appo_lightning.datamodule import EvaluationBatch, RolloutDataModule
 from appo_lightning.metrics import MetricSums, log_metrics
+from appo_lightning.tools.base import Tool
 from appo_lightning.types import ToolError, Trajectory
 
 
@@ -30,17 +31,20 @@ class ToolCallEfficiency(L.Callback):
         metrics = MetricSums()
         roots = [root for tree in batch.trees for root in tree.roots]
         add_tool_metrics(metrics, roots, _tool_names(trainer), prefix="tools")
+        _add_counts(metrics, trainer, prefix="tools")
         log_metrics(trainer, metrics)
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: EvaluationBatch, *args: Any
     ) -> None:
         add_tool_metrics(self._evaluation, batch.trajectories, _tool_names(trainer), prefix="val_tools")
+        _add_counts(self._evaluation, trainer, prefix="val_tools")
 
     def on_test_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: EvaluationBatch, *args: Any
     ) -> None:
         add_tool_metrics(self._evaluation, batch.trajectories, _tool_names(trainer), prefix="test_tools")
+        _add_counts(self._evaluation, trainer, prefix="test_tools")
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         metrics, self._evaluation = self._evaluation, MetricSums()
@@ -50,9 +54,23 @@ class ToolCallEfficiency(L.Callback):
         self.on_validation_epoch_end(trainer, pl_module)
 
 
-def _tool_names(trainer: L.Trainer) -> list[str]:
+def _tools(trainer: L.Trainer) -> list[Tool]:
     data: RolloutDataModule = trainer.datamodule  # type: ignore[attr-defined]
-    return [tool.name for tool in data.tools]
+    return data.tools
+
+
+def _tool_names(trainer: L.Trainer) -> list[str]:
+    return [tool.name for tool in _tools(trainer)]
+
+
+def _add_counts(metrics: MetricSums, trainer: L.Trainer, *, prefix: str) -> None:
+    """Add what the tools themselves counted since the last time: calls of branches, too."""
+    for tool in _tools(trainer):
+        counts = tool.take_counts()
+        if "hits" in counts:
+            metrics.add_sum(f"{prefix}/{tool.name}_cache_hit_rate", counts["hits"], counts["lookups"])
+        if "retries" in counts:
+            metrics.add_sum(f"{prefix}/{tool.name}_retries_per_call", counts["retries"], counts["lookups"])
 
 
 def add_tool_metrics(

@@ -79,6 +79,10 @@ class Tool(ABC):
         that a server behind it starts outside the time of a call.
         """
 
+    def take_counts(self) -> dict[str, int]:
+        """What happened since the last time, for metrics: ``lookups`` and ``hits`` of a cache, ``retries``."""
+        return {}
+
     def close(self) -> None:
         """Release shared resources at the end of the run. Safe to call twice."""
 

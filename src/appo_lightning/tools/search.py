@@ -78,7 +78,7 @@ class SearchTool(StatelessTool):
         recorded = answers.get(normalise_query(argument))
         if recorded is not None:
             return recorded
-        found = [_shorten(corpus.documents[row], self.max_chars) for row in corpus.rank(argument, self.top_k)]
+        found = [shorten(corpus.documents[row], self.max_chars) for row in corpus.rank(argument, self.top_k)]
         return join_pages(found) if self.top_k > 1 else "".join(found)
 
     def _corpus_of(self, task: Task) -> tuple[Corpus, dict[str, str]]:
@@ -145,7 +145,8 @@ def _checked_documents(documents: Any, task_id: str) -> list[str]:
     return list(documents)
 
 
-def _shorten(text: str, max_chars: int) -> str:
+def shorten(text: str, max_chars: int) -> str:
+    """The beginning of a long text, cut between words where that is near."""
     if len(text) <= max_chars:
         return text
     # Cut between words unless the last one is very long.
