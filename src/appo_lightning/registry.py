@@ -13,6 +13,7 @@ COMPONENTS = (
     "appo_lightning.tools.function",
     "appo_lightning.tools.mcp",
     "appo_lightning.tools.web",
+    "appo_lightning.tools.cassette",
     "appo_lightning.rewards.tagged",
     "appo_lightning.rewards.mathematics",
     "appo_lightning.tasks.lookup",

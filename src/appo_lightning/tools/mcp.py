@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from appo_lightning.errors import ConfigurationError, ToolBroken, ToolFailure
-from appo_lightning.tools._mcp.connection import Connection, MCPServer
+from appo_lightning.tools._mcp import Connection, MCPServer
 from appo_lightning.tools.base import Tool, ToolSession, check_tool_name
 
 if TYPE_CHECKING:

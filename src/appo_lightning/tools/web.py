@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from appo_lightning.errors import ConfigurationError, DataError, ToolBroken, ToolFailure
-from appo_lightning.tools._web.provider import SearchProvider
-from appo_lightning.tools._web.store import AnswerStore
+from appo_lightning.tools._provider import SearchProvider
+from appo_lightning.tools._store import AnswerStore
 from appo_lightning.tools.base import StatelessTool, ToolSession, check_tool_name
 from appo_lightning.tools.corpus import join_pages, normalise_query
 from appo_lightning.tools.search import shorten

@@ -14,7 +14,7 @@ import pytest
 
 from appo_lightning.errors import ConfigurationError, DataError, ToolBroken, ToolFailure
 from appo_lightning.tools import web
-from appo_lightning.tools._web.store import AnswerStore
+from appo_lightning.tools._store import AnswerStore
 from appo_lightning.tools.web import SearchProvider, WebSearchTool, _retry_after
 from appo_lightning.types import Task
 from helpers.search_service import serving

@@ -51,7 +51,8 @@ class AnswerStore:
 
     def put(self, key: str, query: str, answer: Any) -> Any:
         """Keep an answer, unless another process was first; the kept answer."""
-        row = (key, query, json.dumps(answer, ensure_ascii=False), time.time())
+        # A policy may write half a surrogate pair, which is no text for SQLite.
+        row = (key, query.encode("utf-8", "replace").decode(), json.dumps(answer), time.time())
         with self._transaction():
             self._database.execute("INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?)", row)
             kept = self._database.execute("SELECT answer FROM answers WHERE key = ?", (key,)).fetchone()
