@@ -10,6 +10,7 @@ COMPONENTS = (
     "appo_lightning.samplers.transformers",
     "appo_lightning.tools.python",
     "appo_lightning.tools.search",
+    "appo_lightning.tools.dense",
     "appo_lightning.tools.function",
     "appo_lightning.tools.mcp",
     "appo_lightning.tools.web",
