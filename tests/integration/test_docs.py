@@ -318,7 +318,7 @@ def _meant(name: str) -> set[str]:
     """The names that a name with a placeholder stands for."""
     for placeholder, values in VALUES.items():
         if placeholder in name:
-            return {name.replace(placeholder, value) for value in values}
+            return {meant for value in values for meant in _meant(name.replace(placeholder, value))}
     return {name}
 
 

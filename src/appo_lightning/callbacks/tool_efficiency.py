@@ -15,7 +15,7 @@ from appo_lightning.types import ToolError, Trajectory
 
 
 class ToolCallEfficiency(L.Callback):
-    """Tool calls per trajectory and per tool, failures by kind, seconds, calls per success."""
+    """Of all tools and of each: calls, failures by kind, seconds, and what they have to do with success."""
 
     def __init__(self) -> None:
         self._evaluation = MetricSums()
@@ -90,10 +90,7 @@ def add_tool_metrics(
     metrics.add(f"{prefix}/failure_rate", [float(not call.succeeded) for call in calls])
     metrics.add(f"{prefix}/seconds_per_call", [call.seconds for call in calls])
     for name in names:
-        own = [call for call in calls if call.name == name]
-        metrics.add_sum(f"{prefix}/{name}_calls_per_trajectory", len(own), len(trajectories))
-        metrics.add(f"{prefix}/{name}_failure_rate", [float(not call.succeeded) for call in own])
-        metrics.add(f"{prefix}/{name}_seconds_per_call", [call.seconds for call in own])
+        _add_one_tool(metrics, trajectories, name, prefix=f"{prefix}/{name}")
     for error in get_args(ToolError):
         metrics.add(f"{prefix}/error_{error}_rate", [float(call.error == error) for call in calls])
     successes = sum(bool(trajectory.success) for trajectory in trajectories)
@@ -101,3 +98,24 @@ def add_tool_metrics(
     for outcome, name in ((True, "successes"), (False, "failures")):
         group = [len(t.tool_calls) for t in trajectories if t.success is outcome]
         metrics.add(f"{prefix}/calls_in_{name}", group)
+
+
+def _add_one_tool(metrics: MetricSums, trajectories: Sequence[Trajectory], name: str, *, prefix: str) -> None:
+    calls = [call for trajectory in trajectories for call in trajectory.tool_calls if call.name == name]
+    metrics.add_sum(f"{prefix}_calls_per_trajectory", len(calls), len(trajectories))
+    metrics.add(f"{prefix}_failure_rate", [float(not call.succeeded) for call in calls])
+    for error in get_args(ToolError):
+        metrics.add(f"{prefix}_error_{error}_rate", [float(call.error == error) for call in calls])
+    metrics.add(f"{prefix}_result_tokens", [call.output_stop - call.output_start for call in calls])
+    metrics.add(f"{prefix}_seconds_per_call", [call.seconds for call in calls])
+    # A call that was refused never reached the tool: it says nothing about how long that takes.
+    metrics.add_percentiles(f"{prefix}_seconds", [c.seconds for c in calls if c.error not in ("limit", "malformed")])
+    metrics.add_sum(f"{prefix}_calls_per_success", len(calls), sum(bool(t.success) for t in trajectories))
+    for used, group in ((True, "with"), (False, "without")):
+        outcomes = [
+            float(t.success)
+            for t in trajectories
+            if t.success is not None and any(call.name == name for call in t.tool_calls) is used
+        ]
+        metrics.add(f"{prefix}_success_{group}", outcomes)
+    metrics.add_difference(f"{prefix}_success_gain", f"{prefix}_success_with", f"{prefix}_success_without")
