@@ -19,6 +19,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,13 @@ def all_documents(corpus: Corpus, query: str, top_k: int) -> list[int]:
 
 def in_a_process(work: Callable[..., Any], *arguments: Any) -> Any:
     """What work gives in a fresh process, whose memory is its own."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(work, arguments)
+    with side_by_side(1) as pool:
+        return pool.submit(work, *arguments).result()
+
+
+def side_by_side(processes: int) -> ProcessPoolExecutor:
+    """Fresh processes."""
+    return ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
 
 
 def build(corpus: str, index: str) -> dict[str, float]:
@@ -123,9 +129,8 @@ def search(corpus: str, index: str, asked: dict[str, list[str]], top_k: int, rou
     return result | {"own_mb": memory["own_mb"] - before, "mapped_mb": memory["mapped_mb"]}
 
 
-def throughput(arguments: tuple[str, str, list[str], int]) -> float:
+def throughput(corpus: str, index: str, texts: list[str], top_k: int) -> float:
     """Queries per second of one process among others."""
-    corpus, index, texts, top_k = arguments
     tool = SearchTool(corpus, index_dir=index, top_k=top_k)
     tool.open(TASK)
     tool.run(texts[0], TASK)
@@ -168,9 +173,11 @@ def main() -> None:
     asked = {kind: queries(some, kind) for kind in ("content", "mixed")}
     figures |= in_a_process(search, str(corpus), str(index), asked, options.top_k, options.rounds)
     for kind, texts in asked.items():
-        with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
-            work = [(str(corpus), str(index), texts, options.top_k)] * options.processes
-            figures[kind]["processes_per_s"] = sum(pool.map(throughput, work, chunksize=1))
+        with side_by_side(options.processes) as pool:
+            work = [
+                pool.submit(throughput, str(corpus), str(index), texts, options.top_k) for _ in range(options.processes)
+            ]
+            figures[kind]["processes_per_s"] = sum(one.result() for one in work)
 
     print(f"{options.passages:,} passages of {options.length} words, {figures['index_mb']:,.0f} MB of index and texts")
     print(f"build                  {figures['build_s']:8.0f} s, peak {figures['build_peak_mb']:,.0f} MB")

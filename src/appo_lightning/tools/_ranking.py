@@ -50,13 +50,12 @@ class Postings:
         order = sorted(words, key=lambda word: -self.best[word])
         # What the words from a position on can add at most.
         rest = np.append(np.cumsum([self.best[word] for word in order][::-1], dtype=np.float64)[::-1], 0.0)
-        candidates, sums, looked_at = self._gather(order, rest, count)
-        threshold = _kth(sums, count)
+        candidates, sums, looked_at, threshold = self._gather(order, rest, count)
         for position in range(looked_at, len(order)):
             keep = sums + rest[position] >= threshold
             candidates, sums = candidates[keep], sums[keep]
             sums = sums + self._scores_of(order[position], candidates)
-            threshold = max(threshold, _kth(sums, count))
+            threshold = max(threshold, _at_most_kth(sums, count))
         candidates = np.sort(candidates[sums >= threshold])
         totals = np.zeros(len(candidates), dtype=np.float32)
         for word in words:
@@ -65,28 +64,24 @@ class Postings:
 
     def _gather(
         self, order: Sequence[int], rest: NDArray[np.float64], count: int
-    ) -> tuple[NDArray[np.int32], NDArray[np.float32], int]:
-        """Every document that may be among the best, its sum so far, and how many words that took."""
+    ) -> tuple[NDArray[np.int32], NDArray[np.float32], int, float]:
+        """Every document that may be among the best, its sum so far, how many words that took, and a threshold."""
         sums = self._zeros()
-        found: list[NDArray[np.int32]] = [np.empty(0, dtype=np.int32)]
-        total = 0
-        looked_at = 0
-        for looked_at, word in enumerate(order):
-            # No sum can be larger than what the words so far add at most: the exact bound costs more to find.
-            worthwhile = rest[0] - rest[looked_at] > rest[looked_at]
-            if total >= count and worthwhile and rest[looked_at] < _kth(sums[np.concatenate(found)], count):
-                break
-            part = slice(self.starts[word], self.starts[word + 1])
+        found: list[NDArray[np.int32]] = []
+        threshold, looked_at = 0.0, 0
+        while looked_at < len(order) and rest[looked_at] >= threshold:
+            part = slice(self.starts[order[looked_at]], self.starts[order[looked_at] + 1])
             rows = self.rows[part]
             found.append(rows[sums[rows] == 0])
             sums[rows] += self.scores[part]
-            total += len(found[-1])
-        else:
-            looked_at = len(order)
-        candidates = np.concatenate(found)
+            looked_at += 1
+            # No sum is larger than what these words add at most: below that the threshold cannot stop anything yet.
+            if rest[0] - rest[looked_at] > rest[looked_at]:
+                threshold = max(threshold, _at_most_kth(sums[rows], count))
+        candidates = np.concatenate(found) if found else np.empty(0, dtype=np.int32)
         own = sums[candidates]
         sums[candidates] = 0
-        return candidates, own, looked_at
+        return candidates, own, looked_at, max(threshold, _at_most_kth(own, count))
 
     def _zeros(self) -> NDArray[np.float32]:
         """An array over all documents that is 0 again after each use: clearing it would cost more than a search."""
@@ -106,8 +101,12 @@ def best_of_each_word(scores: NDArray[np.float32], starts: NDArray[np.int64]) ->
     return np.maximum.reduceat(scores, starts[:-1])
 
 
-def _kth(sums: NDArray[np.float32], count: int) -> float:
-    """A little less than the ``count``-th largest; 0 where there are fewer."""
+def _at_most_kth(sums: NDArray[np.float32], count: int) -> float:
+    """A number that at least ``count`` of the sums reach; 0 where there are fewer sums."""
     if len(sums) < count:
         return 0.0
+    groups = max(64, 8 * count)
+    if len(sums) > 16 * groups:
+        # The largest of each group are sums, too: fewer to order, and the best are rarely in one group.
+        sums = sums[: len(sums) // groups * groups].reshape(groups, -1).max(axis=1)
     return float(np.partition(sums, len(sums) - count)[len(sums) - count]) * _SLACK

@@ -14,6 +14,7 @@ import pytest
 from appo_lightning.errors import ConfigurationError, DataError
 from appo_lightning.tools import search as search_module
 from appo_lightning.tools._corpus_index import build_once, load_bm25
+from appo_lightning.tools._ranking import _at_most_kth
 from appo_lightning.tools.corpus import Corpus, words_of
 from appo_lightning.tools.search import SearchTool
 from appo_lightning.types import Task
@@ -49,10 +50,18 @@ def exhaustive(corpus, query, top_k):
 
 @pytest.mark.parametrize("top_k", [1, 3, 50, 1000])
 def test_the_ranking_is_that_of_scoring_every_document(top_k):
-    documents = texts(600)
-    corpus = Corpus(documents, k1=1.5, b=0.75)
-    for query in [*texts(300, seed=1), "", "unknown", "w0", "w0 w1 w2 w3 w4 w5"]:
+    corpus = Corpus(texts(5000), k1=1.5, b=0.75)
+    for query in [*texts(200, seed=1), "", "unknown", "w0", "w0 w1 w2 w3 w4 w5"]:
         assert corpus.rank(query, top_k) == exhaustive(corpus, query, top_k), query
+
+
+@pytest.mark.parametrize(("size", "count"), [(0, 1), (4, 5), (5, 5), (900, 5), (5000, 5), (5000, 400), (200_000, 3)])
+def test_a_threshold_never_stops_one_of_the_best(size, count):
+    sums = np.random.default_rng(size).random(size).astype(np.float32)
+    threshold = _at_most_kth(sums, count)
+    assert (sums >= threshold).sum() >= min(size, count)
+    if size >= count:
+        assert (sums >= threshold).sum() <= 2 * count + 5  # and stops most others
 
 
 def test_a_query_leaves_nothing_behind_for_the_next():
