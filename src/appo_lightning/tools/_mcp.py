@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from appo_lightning.errors import ConfigurationError, ToolBroken, ToolFailure
+from appo_lightning.tools._http import keep_keys_out_of_logs
 
 if TYPE_CHECKING:
     from mcp import Client
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 _CONNECTION_CLOSED, _REQUEST_TIMEOUT = -32000, -32001  # codes of the client library
 _GRACE_S = 0.5  # the client's own time limit comes first: it tells the server to stop
 _CLOSE_S = 10.0  # a server that ignores everything is killed by the client library after about half of it
-_LAST_WORDS = 400  # bytes
+_LAST_WORDS = 400  # characters
 
 
 @dataclass(frozen=True)
@@ -93,9 +94,9 @@ class Connection:
             self.close(wait=False)
             raise ToolBroken(f"{server}: no answer within {server.start_timeout_s:g} s{self._last_words()}") from None
         except Exception as error:
-            raise ToolBroken(
-                f"{server}: expected a server that starts, found {_innermost(error)}{self._last_words()}"
-            ) from error
+            # Not from the error: what it says and holds may be a header.
+            found = self._without_secrets(_innermost(error))
+            raise ToolBroken(f"{server}: expected a server that starts, found {found}{self._last_words()}") from None
 
     @property
     def alive(self) -> bool:
@@ -183,12 +184,16 @@ class Connection:
         return f"; it said last: {self._said}" if self._said else ""
 
     def _read_errors(self) -> str:
-        # Not seek and read: the server shares the file's position.
+        # Not seek and read: the server shares the file's position. A little more, so that no secret is cut in two.
+        length = _LAST_WORDS + max(map(len, self._secrets), default=0)
         size = os.fstat(self._errors.fileno()).st_size
-        said = os.pread(self._errors.fileno(), _LAST_WORDS, max(0, size - _LAST_WORDS)).decode("utf-8", "replace")
+        said = os.pread(self._errors.fileno(), length, max(0, size - length)).decode("utf-8", "replace")
+        return " ".join(self._without_secrets(said)[-_LAST_WORDS:].split())
+
+    def _without_secrets(self, text: str) -> str:
         for secret in self._secrets:
-            said = said.replace(secret, "***")
-        return " ".join(said.split())
+            text = text.replace(secret, "***")
+        return text
 
     def _run(self) -> None:
         try:
@@ -228,7 +233,8 @@ async def _transport(server: MCPServer, errors: Any) -> AsyncIterator[Any]:
         import httpx2
         from mcp.client.streamable_http import streamable_http_client
 
-        headers = {name: os.environ[variable] for name, variable in server.headers.items()}
+        keep_keys_out_of_logs()
+        headers = {name: os.environ[variable].strip() for name, variable in server.headers.items()}
         # A long call may keep its answer open: the call's own limit ends it.
         timeout = httpx2.Timeout(server.start_timeout_s, read=None)
         async with (
@@ -252,7 +258,10 @@ def _secrets_of(server: MCPServer) -> list[str]:
         raise ConfigurationError(
             f"{server}: expected the environment variables {', '.join(missing)}, found none; set them"
         )
-    return [os.environ[name] for name in names if os.environ[name]]
+    for name in server.headers.values():
+        if not (os.environ[name].strip().isascii() and os.environ[name].strip().isprintable()):
+            raise ConfigurationError(f"{server}: the environment variable {name} holds what no header may; mend it")
+    return [value for name in names if (value := os.environ[name].strip())]
 
 
 def _innermost(error: BaseException) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import warnings
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
@@ -203,7 +204,8 @@ class _Link:
                     self._failed_starts += 1
                     if self._tools is None or self._failed_starts >= _MAX_FAILED_STARTS:
                         raise
-                    raise ConnectionError(str(broken)) from None
+                    warnings.warn(str(broken), stacklevel=2)
+                    raise ConnectionError("the server has ended and did not start") from None
                 self._failed_starts = 0
             return self._connection
 

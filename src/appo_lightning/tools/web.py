@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import random
 import threading
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from appo_lightning.errors import ConfigurationError, DataError, ToolBroken, ToolFailure
+from appo_lightning.tools._http import keep_keys_out_of_logs
 from appo_lightning.tools._provider import SearchProvider
 from appo_lightning.tools._store import AnswerStore
 from appo_lightning.tools.base import StatelessTool, ToolSession, check_tool_name
@@ -59,7 +59,7 @@ class WebSearchTool(StatelessTool):
         timeout_s: wall-clock limit of one call, waiting and retries included, seconds.
         request_timeout_s: limit of one request, seconds.
         max_attempts: requests per call.
-        max_failed_calls: calls in a row that fail before the run stops.
+        give_up_after_s: seconds in which calls fail and none succeeds before the run stops.
         name: the tag.
 
     Raises:
@@ -69,6 +69,8 @@ class WebSearchTool(StatelessTool):
 
     description = "Searches the web."
     _counts: Counter[str]
+    _failing_since: float | None
+    _quiet_until: float
     _store: AnswerStore | None
     _client: httpx2.Client | None
 
@@ -84,26 +86,26 @@ class WebSearchTool(StatelessTool):
         timeout_s: float = 60.0,
         request_timeout_s: float = 15.0,
         max_attempts: int = 5,
-        max_failed_calls: int = 50,
+        give_up_after_s: float = 600.0,
         name: str = "search",
     ) -> None:
-        for option, value in (
-            ("top_k", top_k),
-            ("max_chars", max_chars),
-            ("max_attempts", max_attempts),
-            ("max_failed_calls", max_failed_calls),
-        ):
+        for option, value in (("top_k", top_k), ("max_chars", max_chars), ("max_attempts", max_attempts)):
             if value < 1:
                 raise ConfigurationError(f"{option} must be at least 1, got {value}")
-        rate = 1.0 if requests_per_second is None else requests_per_second
-        if min(rate, timeout_s, request_timeout_s) <= 0:
-            raise ConfigurationError("requests_per_second, timeout_s and request_timeout_s must be positive")
+        for option, number in (
+            ("requests_per_second", requests_per_second),
+            ("timeout_s", timeout_s),
+            ("request_timeout_s", request_timeout_s),
+            ("give_up_after_s", give_up_after_s),
+        ):
+            if number is not None and not number > 0:
+                raise ConfigurationError(f"{option} must be positive, got {number}")
         self.name = check_tool_name(name)
         self.provider, self.cache, self.offline = provider, cache, offline
         self.top_k, self.max_chars = top_k, max_chars
         self.requests_per_second = requests_per_second
         self.timeout_s, self.request_timeout_s = timeout_s, request_timeout_s
-        self.max_attempts, self.max_failed_calls = max_attempts, max_failed_calls
+        self.max_attempts, self.give_up_after_s = max_attempts, give_up_after_s
         self._start_empty()
 
     def open(self, task: Task) -> ToolSession:
@@ -164,22 +166,25 @@ class WebSearchTool(StatelessTool):
             time.sleep(pause)
             delay, attempt = min(2 * delay, _LONGEST_DELAY_S), attempt + 1
         with self._lock:
-            self._failed_calls = 0
+            self._failing_since = None
         return outcome
 
     def _failure(self, last: _Problem) -> ToolFailure | ToolBroken:
+        now = time.monotonic()
         with self._lock:
-            self._failed_calls += 1
-            too_many = self._failed_calls >= self.max_failed_calls
-        if too_many:
-            return ToolBroken(f"{self.name}: {self.max_failed_calls} calls in a row failed, the last: {last.reason}")
+            if self._failing_since is None:
+                self._failing_since = now
+            failing_s = now - self._failing_since
+        if failing_s > self.give_up_after_s:
+            return ToolBroken(f"{self.name}: no search has succeeded for {failing_s:.0f} s, the last: {last.reason}")
         return ToolFailure(f"the search failed: {last.reason}", "timeout" if last.timed_out else "error")
 
     def _attempt(self, query: str, deadline: float) -> list[list[str]] | _Problem:
         """One request."""
         import httpx2
 
-        self._wait_for_turn(deadline)
+        if problem := self._wait_for_turn(deadline):
+            return problem
         limit = max(0.001, min(self.request_timeout_s, deadline - time.monotonic()))
         try:
             response = self._opened_client().request(**self.provider.request(query, self.top_k), timeout=limit)
@@ -190,12 +195,16 @@ class WebSearchTool(StatelessTool):
             return _Problem(f"no connection ({type(error).__name__})")
         status = response.status_code
         if status in _TRY_AGAIN:
-            return _Problem(f"the provider answered {status}", wait_s=_retry_after(response.headers.get("Retry-After")))
+            wait_s = _retry_after(response.headers.get("Retry-After"))
+            with self._lock:
+                self._quiet_until = max(self._quiet_until, time.monotonic() + wait_s)
+            return _Problem(f"the provider answered {status}", wait_s=wait_s)
         if status in (401, 403):
-            raise ToolBroken(
-                f"{self.name}: expected access to the provider, found status {status}; "
-                f"check the key in the environment variable {self.provider.key}"
+            key = self.provider.key
+            remedy = (
+                f"check the key in the environment variable {key}" if key else "it may want a key: set provider.key"
             )
+            raise ToolBroken(f"{self.name}: expected access to the provider, found status {status}; {remedy}")
         if status != 200:
             return _Problem(f"the provider answered {status}", passing=False)
         try:
@@ -218,15 +227,23 @@ class WebSearchTool(StatelessTool):
             found = [[text.replace(secret, "***") for text in result] for result in found or []]
         return found or []
 
-    def _wait_for_turn(self, deadline: float) -> None:
+    def _wait_for_turn(self, deadline: float) -> _Problem | None:
+        """Wait for the provider's Retry-After, whichever call was told it, and for the rate limit."""
+        quiet_s = self._quiet_until - time.monotonic()
+        if quiet_s > 0:
+            if time.monotonic() + quiet_s > deadline:
+                return _Problem(f"the provider wants no requests for {quiet_s:.0f} s", passing=False)
+            time.sleep(quiet_s)
         if self.requests_per_second is None:
-            return
+            return None
         wait = self._opened_store().reserve(
             self.provider.fingerprint, 1 / self.requests_per_second, deadline - time.monotonic()
         )
         if wait is None:
-            raise ToolFailure("too many searches are waiting for the provider's rate limit", "timeout")
+            # No sign of a provider in trouble: it does not count as one.
+            raise ToolFailure("too many searches are waiting for the rate limit", "timeout")
         time.sleep(wait)
+        return None
 
     # --- shared resources --------------------------------------------------------------------------------------------
 
@@ -251,9 +268,7 @@ class WebSearchTool(StatelessTool):
 
         with self._lock:
             if self._client is None:
-                # Their messages hold addresses and headers, and so the key.
-                for logger in ("httpx2", "httpcore2"):
-                    logging.getLogger(logger).setLevel(logging.WARNING)
+                keep_keys_out_of_logs()
                 self._client = httpx2.Client(limits=httpx2.Limits(max_connections=100))
             return self._client
 
@@ -265,7 +280,8 @@ class WebSearchTool(StatelessTool):
         self._lock = threading.Lock()
         self._query_locks = [threading.Lock() for _ in range(256)]
         self._counts = Counter()
-        self._failed_calls = 0
+        self._failing_since = None
+        self._quiet_until = 0.0
         self._store, self._client = None, None
 
     def __getstate__(self) -> dict[str, Any]:

@@ -179,7 +179,10 @@ def test_a_server_that_can_no_longer_be_started_stops_the_run(make, tmp_path):
     with pytest.warns(UserWarning, match="has ended"), pytest.raises(ToolFailure, match="has ended"):
         session.call('{"after": 0}')
     for _ in range(2):
-        with pytest.raises(ToolFailure, match="expected a server that starts"):
+        with (
+            pytest.warns(UserWarning, match="expected a server that starts, found .*; it said last: no licence"),
+            pytest.raises(ToolFailure, match="the server has ended and did not start"),
+        ):
             session.call('{"after": 0}')
     with pytest.raises(ToolBroken, match=r"expected a server that starts, found .*; it said last: no licence"):
         session.call('{"after": 0}')
@@ -274,6 +277,14 @@ def test_a_missing_environment_variable_is_named(make, monkeypatch):
     server = MCPServer(command=("python",), environment=("TEST_MCP_KEY",))
     with pytest.raises(ConfigurationError, match="expected the environment variables TEST_MCP_KEY, found none"):
         make("add", server=server).open(TASK)
+
+
+def test_a_header_that_cannot_be_sent_is_refused_and_not_shown(make, monkeypatch):
+    monkeypatch.setenv("BROKEN_KEY", f"{KEY}\nmore")
+    server = MCPServer(url="http://127.0.0.1:9/mcp", headers={"Authorization": "BROKEN_KEY"})
+    with pytest.raises(ConfigurationError, match="the environment variable BROKEN_KEY holds what no header") as caught:
+        make("add", server=server).open(TASK)
+    assert KEY not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ def test_delays_grow(make, service, monkeypatch):
 def test_retry_after_is_honoured(make, service):
     service.faults = [(429, {"Retry-After": "1"}, b"")]
     ask(make(), "Emma")
-    assert 1.0 <= service.times[1] - service.times[0] < 1.5
+    assert 0.98 <= service.times[1] - service.times[0] < 1.5
 
 
 def test_retry_after_may_be_a_date():
@@ -158,16 +158,45 @@ def test_a_wrong_key_stops_the_run(make, service):
     service.faults = [(401, {}, f"bad key {KEY}".encode())]
     with pytest.raises(ToolBroken, match="found status 401; check the key in the environment variable TEST_SEARCH_KEY"):
         ask(make(), "Emma")
+    service.faults = [(403, {}, b"")]
+    with pytest.raises(ToolBroken, match=r"found status 403; it may want a key: set provider.key"):
+        ask(make(SearchProvider(service.url, params={"q": "{query}"})), "Emma")
 
 
 def test_a_provider_that_only_fails_stops_the_run(make, service):
-    service.faults = [(400, {}, b"")] * 3
-    tool = make(max_failed_calls=3)
-    for _ in range(2):
+    service.faults = [(400, {}, b"")] * 4
+    tool = make(give_up_after_s=0.2)
+    for _ in range(3):
         with pytest.raises(ToolFailure):
             ask(tool, "Emma")
-    with pytest.raises(ToolBroken, match="3 calls in a row failed, the last: the provider answered 400"):
+    time.sleep(0.25)
+    with pytest.raises(ToolBroken, match=r"no search has succeeded for 0 s, the last: the provider answered 400"):
         ask(tool, "Emma")
+
+
+def test_a_success_starts_the_patience_anew(make, service):
+    service.faults = [(400, {}, b""), None, (400, {}, b"")]
+    tool = make(give_up_after_s=0.1)
+    with pytest.raises(ToolFailure):
+        ask(tool, "Emma")
+    ask(tool, "Emma")
+    time.sleep(0.15)
+    with pytest.raises(ToolFailure):
+        ask(tool, "Persuasion")
+
+
+def test_retry_after_holds_for_every_call(make, service):
+    service.faults = [(429, {"Retry-After": "1"}, b"")]
+    tool = make(max_attempts=1, timeout_s=3.0)
+    with pytest.raises(ToolFailure, match="the provider answered 429"):
+        ask(tool, "Emma")
+    ask(tool, "Persuasion")
+    assert service.times[1] - service.times[0] >= 0.98
+    service.faults = [(429, {"Retry-After": "60"}, b"")]
+    for message in ("the provider answered 429", r"the provider wants no requests for (59|60) s"):
+        with pytest.raises(ToolFailure, match=message):
+            ask(tool, "Mansfield Park")
+    assert len(service.requests) == 3
 
 
 def test_a_provider_that_is_gone(make, service):
