@@ -29,7 +29,7 @@ class DenseSearchTool(StatelessTool):
     """Find the documents whose vectors are nearest to the query's, by exact inner product.
 
     An encoder gives one vector per text; it runs on the CPU. The vectors of the corpus are computed once, which takes
-    hours for a million documents, and kept in ``index_dir``; all processes of a machine map the same file.
+    long for a large one, and kept in ``index_dir``; all processes of a machine map the same file.
 
     Args:
         corpus: a ``.jsonl`` or ``.parquet`` file with one document per line or row.
