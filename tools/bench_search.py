@@ -185,9 +185,7 @@ def main() -> None:
 
     print(f"{options.passages:,} passages of {options.length} words, {figures['index_mb']:,.0f} MB of index and texts")
     print(f"build                  {figures['build_s']:8.0f} s, peak {figures['build_peak_mb']:,.0f} MB")
-    print(
-        f"load                   {figures['load_s']:8.2f} s, {figures['own_mb']:,.0f} MB per process, and the files shared"
-    )
+    print(f"load                   {figures['load_s']:8.2f} s, {figures['own_mb']:,.0f} MB of its own per process")
     print(f"{'queries':18} {'per second':>12} {'all documents':>14} {'ratio':>7} {options.processes:>5} processes")
     for kind in asked:
         row = figures[kind]
