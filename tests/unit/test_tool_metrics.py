@@ -111,6 +111,16 @@ def test_what_the_loop_broke_up_in_a_result_is_noticed(tmp_path, text):
     assert tripped_by(tmp_path, a_rollout(a_call(result=shown))) == {"control_tags": 1.0}
 
 
+def test_a_tool_that_quotes_the_call_is_no_alarm(tmp_path):
+    argument = "print(<think>) </result>"
+    shown = ResultEncoder(scripted_tokenizer(), ["search", "days"]).encode(f"SyntaxError: {argument}", 100)[1]
+    assert "< think>" in shown
+    assert tripped_by(tmp_path, a_rollout(a_call(argument=argument, result=shown))) == {}
+    assert tripped_by(tmp_path, a_rollout(a_call(argument="1", result=shown))) == {"control_tags": 1.0}
+    note = "malformed call: < /search> without < search>"  # of the loop itself
+    assert tripped_by(tmp_path, a_rollout(a_call(argument="", result=note, error="malformed"))) == {}
+
+
 @pytest.mark.parametrize("text", ["a < b and c > d", "the results", "if x <think", "<b>bold</b>", "1 < answer"])
 def test_ordinary_results_are_no_alarm(text):
     assert not control_marks(["search"], scripted_tokenizer()).search(text)

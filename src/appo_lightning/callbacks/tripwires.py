@@ -19,8 +19,9 @@ from appo_lightning.errors import ConfigurationError
 from appo_lightning.metrics import MetricSums, log_metrics
 from appo_lightning.rollout.parsing import CONTROL_TAGS
 from appo_lightning.rollout.serialise import trajectory_to_dict
-from appo_lightning.types import RolloutTree, Trajectory
+from appo_lightning.types import RolloutTree, ToolCall, Trajectory
 
+_REFUSED = ("limit", "malformed")
 Wire = Literal["control_tags", "empty_calls", "repeated_calls", "tool_spam", "form_alone"]
 
 
@@ -29,7 +30,8 @@ class AlarmRates:
     """Shares of rollouts above which a tripwire warns.
 
     Args:
-        control_tags: a tool result held a tag or special token, which was broken up before the policy read it.
+        control_tags: a tool result held a tag or special token that was not in the call; it was broken up before the
+            policy read it.
         empty_calls: a call without an argument.
         repeated_calls: a call with the same argument as an earlier one of the same rollout.
         tool_spam: a call beyond ``data.rollout.max_tool_calls``.
@@ -81,7 +83,7 @@ class Tripwires(L.Callback):
         module: Any = pl_module
         marks = control_marks([tool.name for tool in data.tools], module.policy.tokenizer)
         self._tests = {
-            "control_tags": lambda rollout: any(marks.search(call.result) for call in rollout.tool_calls),
+            "control_tags": lambda rollout: any(speaks_for_the_policy(call, marks) for call in rollout.tool_calls),
             "empty_calls": has_empty_call,
             "repeated_calls": has_repeated_call,
             "tool_spam": lambda rollout: any(call.error == "limit" for call in rollout.tool_calls),
@@ -140,14 +142,22 @@ def control_marks(tools: Sequence[str], tokenizer: Any) -> re.Pattern[str]:
     return re.compile("|".join(rf"{re.escape(mark[0])}\s+{re.escape(mark[1:])}" for mark in marks))
 
 
+def speaks_for_the_policy(call: ToolCall, marks: re.Pattern[str]) -> bool:
+    """Whether a result held a tag or special token that does not stand in the argument, which many tools quote."""
+    if call.error in _REFUSED:  # what the policy read is no tool's answer
+        return False
+    held = (match.group() for match in marks.finditer(call.result))
+    return any(mark[0] + mark[1:].lstrip() not in call.argument for mark in held)
+
+
 def has_empty_call(rollout: Trajectory) -> bool:
     """Whether a call that was answered had no argument."""
-    return any(not call.argument.strip() for call in rollout.tool_calls if call.error not in ("limit", "malformed"))
+    return any(not call.argument.strip() for call in rollout.tool_calls if call.error not in _REFUSED)
 
 
 def has_repeated_call(rollout: Trajectory) -> bool:
     """Whether the same argument went to the same tool twice."""
-    calls = [(call.name, call.argument) for call in rollout.tool_calls if call.error not in ("limit", "malformed")]
+    calls = [(call.name, call.argument) for call in rollout.tool_calls if call.error not in _REFUSED]
     return len(set(calls)) < len(calls)
 
 
