@@ -81,7 +81,9 @@ def test_a_tool_that_everyone_uses_has_no_gain_to_report():
 def a_trainer(directory, rank=0):
     written = []
     return SimpleNamespace(
-        datamodule=SimpleNamespace(tools=[SimpleNamespace(name="search"), SimpleNamespace(name="days")]),
+        datamodule=SimpleNamespace(
+            tools=[SimpleNamespace(name="search"), SimpleNamespace(name="days"), SimpleNamespace(name="python")]
+        ),
         log_dir=str(directory),
         global_rank=rank,
         global_step=7,
@@ -113,10 +115,12 @@ def test_what_the_loop_broke_up_in_a_result_is_noticed(tmp_path, text):
 
 def test_a_tool_that_quotes_the_call_is_no_alarm(tmp_path):
     argument = "print(<think>) </result>"
-    shown = ResultEncoder(scripted_tokenizer(), ["search", "days"]).encode(f"SyntaxError: {argument}", 100)[1]
+    shown = ResultEncoder(scripted_tokenizer(), ["search", "days", "python"]).encode(f"SyntaxError: {argument}", 100)[1]
     assert "< think>" in shown
     assert tripped_by(tmp_path, a_rollout(a_call(argument=argument, result=shown))) == {}
     assert tripped_by(tmp_path, a_rollout(a_call(argument="1", result=shown))) == {"control_tags": 1.0}
+    error = "IndentationError: unexpected indent (< python>, line 2)"
+    assert tripped_by(tmp_path, a_rollout(a_call("python", result=error, error="error"))) == {}
     note = "malformed call: < /search> without < search>"  # of the loop itself
     assert tripped_by(tmp_path, a_rollout(a_call(argument="", result=note, error="malformed"))) == {}
 

@@ -146,8 +146,9 @@ def speaks_for_the_policy(call: ToolCall, marks: re.Pattern[str]) -> bool:
     """Whether a result held a tag or special token that does not stand in the argument, which many tools quote."""
     if call.error in _REFUSED:  # what the policy read is no tool's answer
         return False
-    held = (match.group() for match in marks.finditer(call.result))
-    return any(mark[0] + mark[1:].lstrip() not in call.argument for mark in held)
+    held = {match.group()[0] + match.group()[1:].lstrip() for match in marks.finditer(call.result)}
+    # "<python>" is also where Python says an error stands; a call of another's making would be closed, too.
+    return any(mark not in call.argument for mark in held - {f"<{call.name}>"})
 
 
 def has_empty_call(rollout: Trajectory) -> bool:
