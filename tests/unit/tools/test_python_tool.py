@@ -1,10 +1,10 @@
 """PythonTool: what policy code sees, what it cannot break, what is left when it ends."""
 
-import ast
 import copy
 import gc
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import threading
@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 
 from appo_lightning.errors import ConfigurationError, ToolFailure
+from appo_lightning.tools._sandbox.client import WALLS
 from appo_lightning.tools.python import PythonTool
 from appo_lightning.types import Task
+from helpers.sandboxes import descendants, server_directory, server_pid, tool_with
 
 TASK = Task("task-0", [1], ("x",))
 
@@ -38,13 +40,21 @@ def session(tool):
 def make_tool():
     tools = []
 
-    def make(**options):
-        tools.append(PythonTool(**options))
+    def make(walls=WALLS, **options):
+        tools.append(tool_with(walls, **options))
         return tools[-1]
 
     yield make
     for tool in tools:
         tool.close()
+
+
+@pytest.fixture(scope="module")
+def bare_tool():
+    """Keeps no session ready: every process belongs to a session of the test."""
+    tool = PythonTool(timeout_s=20, warm_sessions=0)
+    yield tool
+    tool.close()
 
 
 def failure_of(session, code):
@@ -68,24 +78,6 @@ def wait_until(condition, seconds=10.0):
             return True
         time.sleep(0.01)
     return condition()
-
-
-def server_pid(tool):
-    return tool._server._running._process.pid
-
-
-def living_members(session_id):
-    """Processes of a kernel session that are not zombies."""
-    members = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                fields = (entry / "stat").read_text(errors="replace").rpartition(")")[2].split()
-            except OSError:
-                continue
-            if int(fields[3]) == session_id and fields[0] != "Z":
-                members.append(int(entry.name))
-    return members
 
 
 def is_running(pid):
@@ -242,14 +234,24 @@ def test_the_modules_of_the_sandbox_and_of_this_package_are_out_of_sight(session
     assert "ModuleNotFoundError" in str(failure_of(session, "import frames"))
 
 
-def test_the_working_directory_is_private_and_removed(tool):
-    session = tool.open(TASK)
-    directory = Path(session.call("import os; print(os.getcwd())"))
+def test_the_working_directory_is_private_and_starts_empty(tool, session):
     session.call("import os; os.makedirs('deep/er'); open('deep/er/file', 'w').write('x')")
-    assert directory.is_dir()
-    assert session.call("import tempfile; tempfile.gettempdir() == os.getcwd()") == "True"
+    assert session.call("import tempfile; tempfile.gettempdir() == os.getcwd() == os.path.expanduser('~')") == "True"
+    other = tool.open(TASK)
+    assert other.call("import os; os.listdir()") == "[]"
+    other.close()
+
+
+def test_without_namespaces_the_working_directory_is_removed_with_everything_in_it(make_tool, tmp_path):
+    (tmp_path / "kept").write_text("kept")
+    session = make_tool(walls=("landlock", "seccomp")).open(TASK)
+    directory = Path(session.call("import os; print(os.getcwd())"))
+    session.call(f"os.symlink({str(tmp_path)!r}, 'elsewhere'); os.mkdir('closed', 0)")
+    session.call("for _ in range(1050): os.mkdir('d'); os.chdir('d')")  # deeper than Python's stack
+    assert (directory / "elsewhere").is_symlink()
     session.close()
     assert wait_until(lambda: not directory.exists())
+    assert (tmp_path / "kept").exists()
 
 
 # Limits
@@ -390,21 +392,22 @@ def test_an_interpreter_that_dies_between_calls_is_reported_by_the_next(session)
 
 
 def test_deep_recursion_without_python_limit_is_contained(make_tool):
-    session = make_tool(timeout_s=3, memory_mb=128).open(TASK)
+    session = make_tool(timeout_s=1.5, memory_mb=128).open(TASK)
     failure_of(session, "import sys; sys.setrecursionlimit(10**9)\ndef f(): f()\nf()")
     assert session.call("1") == "1"
 
 
-def test_killing_the_parent_ends_at_most_the_sessions_and_the_next_ones_work(make_tool):
+def test_a_server_that_is_killed_takes_its_sessions_along_and_the_next_ones_work(make_tool):
     tool = make_tool()
-    killer, neighbour = tool.open(TASK), tool.open(TASK)
-    neighbour.call("x = 1")
+    first, second = tool.open(TASK), tool.open(TASK)
+    for session in (first, second):
+        session.call("import subprocess; x = subprocess.Popen(['sleep', '300'], start_new_session=True)")
     server = server_pid(tool)
-    assert "lost" in str(failure_of(killer, "import os, time; os.kill(os.getppid(), 9); time.sleep(5)"))
-    assert wait_until(lambda: not living_members(server))
-    assert "variables are lost" in str(failure_of(neighbour, "x"))
-    assert neighbour.call("1 + 1") == "2"
-    assert killer.call("2 + 2") == "4"
+    started = descendants(server)
+    os.kill(server, signal.SIGKILL)
+    assert wait_until(lambda: not any(map(is_running, started)))
+    assert "variables are lost" in str(failure_of(first, "x"))
+    assert first.call("1 + 1") == "2"
     assert server_pid(tool) != server
 
 
@@ -450,27 +453,30 @@ def test_close_ends_a_running_call_and_is_safe_to_repeat(tool):
         "import subprocess; child = subprocess.Popen(['sleep', '300']).pid",
         "import subprocess; child = subprocess.Popen(['sleep', '300'], start_new_session=True).pid",
         # A daemon: its parent ends, it leads a session of its own.
-        "import os\nread, write = os.pipe()\nif os.fork() == 0:\n    os.setsid()\n    if (pid := os.fork()): "
-        "os.write(write, str(pid).encode()); os._exit(0)\n    os.execv('/bin/sleep', ['sleep', '300'])\n"
-        "child = int(os.read(read, 20))",
+        "import os\nif os.fork() == 0:\n    os.setsid()\n    if os.fork(): os._exit(0)\n"
+        "    os.execv('/bin/sleep', ['sleep', '300'])\nos.wait()",
     ],
     ids=["child", "new session", "daemon"],
 )
-@pytest.mark.parametrize("ending", ["close", "interrupt", "forgotten"])
-def test_what_a_session_started_ends_with_it(tool, start_child, ending):
-    session = tool.open(TASK)
+@pytest.mark.parametrize("ending", ["close", "interrupt", "forgotten", "exit"])
+def test_what_a_session_started_ends_with_it(bare_tool, start_child, ending):
+    session = bare_tool.open(TASK)
+    session.call("1")
+    at_rest = descendants(server_pid(bare_tool))
     session.call(start_child)
-    child, own = int(session.call("child")), int(session.call("import os; os.getpid()"))
-    assert is_running(child)
+    child = descendants(server_pid(bare_tool)) - at_rest
+    assert len(child) == 1
     if ending == "close":
         session.close()
     elif ending == "interrupt":
         threading.Timer(0.2, session.interrupt).start()
         failure_of(session, "import time; time.sleep(15)")
+    elif ending == "exit":
+        failure_of(session, "import os; os._exit(0)")
     else:
         del session
         gc.collect()
-    assert wait_until(lambda: not is_running(own) and not is_running(child))
+    assert wait_until(lambda: not any(map(is_running, child)))
 
 
 def test_closing_the_tool_ends_every_process_and_removes_every_file(make_tool):
@@ -478,32 +484,34 @@ def test_closing_the_tool_ends_every_process_and_removes_every_file(make_tool):
     sessions = [tool.open(TASK) for _ in range(4)]
     for session in sessions:
         session.call("import subprocess; subprocess.Popen(['sleep', '300'], start_new_session=True); open('f', 'w')")
-    pids = [int(session.call("import os; os.getpid()")) for session in sessions]
-    server, directory = server_pid(tool), Path(tool._server._running.stop.peek()[2][3])
+    server, directory = server_pid(tool), server_directory(tool)
+    started = descendants(server)
+    assert len(started) >= 4 * 3
     assert directory.is_dir()
     tool.close()
     tool.close()
-    assert not any(is_running(pid) for pid in [server, *pids])
-    assert not living_members(server)
+    # At once, not some time later: the kernel ends a process namespace before its first process is gone.
+    assert not any(is_running(pid) for pid in [server, *started])
     assert not directory.exists()
 
 
-def test_nothing_outlives_a_trainer_that_is_killed():
+@pytest.mark.parametrize("walls", ["namespaces,landlock,seccomp", "landlock,seccomp"])
+def test_nothing_outlives_a_trainer_that_is_killed(walls):
     program = (
         "import sys, time\nfrom appo_lightning.tools.python import PythonTool\nfrom appo_lightning.types import Task\n"
-        "tool = PythonTool()\nsession = tool.open(Task('t', [1], ('x',)))\n"
-        'session.call(\'import subprocess; subprocess.Popen(["sleep", "300"], start_new_session=True)\')\n'
+        f"tool = PythonTool()\ntool._server._walls = {walls.split(',')}\nsession = tool.open(Task('t', [1], ('x',)))\n"
+        'try: session.call(\'import subprocess; subprocess.Popen(["sleep", "300"], start_new_session=True)\')\n'
+        "except Exception: pass\n"
         "running = tool._server._running\n"
-        "print(running._process.pid, session.call('import os; os.getpid(), os.getcwd()'), flush=True)\ntime.sleep(300)"
+        "print(running._process.pid, running.stop.peek()[2][3], flush=True)\ntime.sleep(300)"
     )
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as trainer:
-        server, _, rest = trainer.stdout.readline().partition(" ")
-        interpreter, directory = ast.literal_eval(rest)
-        assert is_running(int(server))
-        assert is_running(interpreter)
+        server, directory = trainer.stdout.readline().split()
+        started = {int(server), *descendants(int(server))}
+        assert len(started) > 2
         trainer.kill()
-    assert wait_until(lambda: not is_running(int(server)) and not is_running(interpreter))
-    assert wait_until(lambda: not Path(directory).parent.exists())
+    assert wait_until(lambda: not any(map(is_running, started)))
+    assert wait_until(lambda: not Path(directory).exists())
 
 
 def test_a_closed_tool_starts_again_when_needed(make_tool):
@@ -553,17 +561,30 @@ def test_many_threads_run_many_sessions(tool):
     assert not wrong
 
 
-def test_sessions_leave_no_process_and_no_file_behind(tool):
-    tool.open(TASK).call("1")
-    directory = Path(tool._server._running.stop.peek()[2][3])
+def test_sessions_leave_no_process_and_no_file_behind(bare_tool):
+    bare_tool.open(TASK).call("1")
+    gc.collect()
+    server = server_pid(bare_tool)
+    assert wait_until(lambda: len(descendants(server)) == 1)
+    at_rest = descendants(server)
     files_before = len(os.listdir("/proc/self/fd"))
+    files_of_server = len(os.listdir(f"/proc/{min(at_rest)}/fd"))
     for _ in range(50):
-        session = tool.open(TASK)
+        session = bare_tool.open(TASK)
         session.call("open('file', 'w').write('x')")
         session.close()
-    assert wait_until(lambda: living_members(server_pid(tool)) == [server_pid(tool)])
-    assert wait_until(lambda: not list(directory.iterdir()))
+    assert wait_until(lambda: descendants(server) == at_rest)
+    assert wait_until(lambda: len(os.listdir(f"/proc/{min(at_rest)}/fd")) <= files_of_server)
     assert len(os.listdir("/proc/self/fd")) <= files_before + 1
+
+
+def test_sessions_are_ready_before_they_are_asked_for(make_tool):
+    tool = make_tool(warm_sessions=3)
+    tool.open(TASK)
+    # The server in its process namespace, and two processes for each session.
+    assert wait_until(lambda: len(descendants(server_pid(tool))) == 1 + 2 * 3)
+    tool.open(TASK).call("1")
+    assert wait_until(lambda: len(descendants(server_pid(tool))) == 1 + 2 * 3)
 
 
 @pytest.mark.parametrize(
@@ -575,6 +596,9 @@ def test_sessions_leave_no_process_and_no_file_behind(tool):
         {"memory_mb": 1},
         {"max_output_chars": 0},
         {"file_mb": 0},
+        {"scratch_mb": 0},
+        {"max_processes": 0},
+        {"warm_sessions": -1},
     ],
 )
 def test_options_out_of_range_are_refused(options):
