@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import functools
 import struct
 import termios
 from collections.abc import Sequence
@@ -79,12 +80,13 @@ class _Rule:
     mask: int = 0xFFFFFFFF
 
 
-def build(*, children: bool, pid: int) -> bytes:
+@functools.cache
+def build(only_process: int | None) -> bytes:
     """The filter as the kernel takes it.
 
     Args:
-        children: whether the process may start others, which needs namespaces around it.
-        pid: of the process, which it may always signal.
+        only_process: None where the session may start processes, which needs namespaces around it. Otherwise the
+            number of its process, the only one that it may signal.
 
     Raises:
         OSError: the numbers of this machine's system calls are not known.
@@ -100,10 +102,10 @@ def build(*, children: bool, pid: int) -> bytes:
     clone3 = syscalls.number("clone3", machine)
     assert clone3 is not None
     code += [_op(_IF_EQUAL, clone3, 0, 1), unknown]  # its flags lie in memory, out of a filter's sight
-    for name in (_REFUSED if children else _REFUSED + _REFUSED_WITHOUT_NAMESPACES).split():
+    for name in (_REFUSED if only_process is None else _REFUSED + _REFUSED_WITHOUT_NAMESPACES).split():
         if (number := syscalls.number(name, machine)) is not None:
             code += [_op(_IF_EQUAL, number, 0, 1), _op(_RETURN, _FAIL | errno.EPERM)]
-    for rule in _rules(children, pid):
+    for rule in _rules(only_process):
         code += _compiled(rule, machine)
     return b"".join([*code, _op(_RETURN, _ALLOW)])
 
@@ -114,7 +116,7 @@ def install(program: bytes) -> None:
     libc.process_option(libc.PR_SET_SECCOMP, _MODE_FILTER, ctypes.addressof(arguments))
 
 
-def _rules(children: bool, pid: int) -> list[_Rule]:
+def _rules(only_process: int | None) -> list[_Rule]:
     rules = [
         _Rule("socketpair", 0, [_AF_UNIX], refuse=False),
         # A datagram socket can send to any address, whomever it is paired with.
@@ -126,9 +128,9 @@ def _rules(children: bool, pid: int) -> list[_Rule]:
         _Rule("fcntl", 1, [_F_SETOWN, _F_SETSIG, _F_SETOWN_EX, _F_SETLEASE, _F_NOTIFY], refuse=True),
         _Rule("ioctl", 1, _HARMLESS_IOCTLS, refuse=False),
     ]
-    if not children:
+    if only_process is not None:
         rules.append(_Rule("clone", 0, [_CLONE_THREAD], refuse=False, mask=_CLONE_THREAD))
-        rules += [_Rule(name, 0, [pid], refuse=False) for name in _SIGNALS_BY_PROCESS]
+        rules += [_Rule(name, 0, [only_process], refuse=False) for name in _SIGNALS_BY_PROCESS]
     return rules
 
 

@@ -41,6 +41,7 @@ import watch
 
 _CHECK_TRAINER_S = 5.0
 _CHECK_USE_S = 0.2
+_QUIET_S = 0.005  # before a session is made ready: it should not take a core from the one that just got work
 _TRIES = 3  # to start a waiting session
 
 
@@ -98,7 +99,7 @@ class ForkServer:
 
     def _patience_ms(self) -> float:
         if self._lacks_waiting():
-            return 0  # only to see whether somebody is at the door
+            return 1000 * _QUIET_S
         working = len(self._sessions) > len(self._waiting)
         return 1000 * (_CHECK_USE_S if working else _CHECK_TRAINER_S)
 

@@ -55,8 +55,10 @@ def run(lifeline: socket.socket, directory: str, limits: Limits, walls: Walls, b
         lifeline.sendall(json.dumps(probe.attempt(bait, limits.processes)).encode() + b"\n")
         os._exit(0)
     _same_random_numbers_in_every_session()
+    output = _BoundedOutput(limits.output_bytes)
+    _rehearse(output)
     gc.enable()
-    _serve(_channel(lifeline), limits)
+    _serve(_channel(lifeline), limits, output)
 
 
 def _channel(lifeline: socket.socket) -> socket.socket:
@@ -70,10 +72,16 @@ def _channel(lifeline: socket.socket) -> socket.socket:
     return socket.socket(fileno=_CHANNEL)
 
 
-def _serve(channel: socket.socket, limits: Limits) -> NoReturn:
+def _rehearse(output: _BoundedOutput) -> None:
+    # The first call of a forked process copies the memory that it touches: better now than while somebody waits.
+    output.start()
+    _evaluate(b"print(end=''); None", {})
+    output.take()
+
+
+def _serve(channel: socket.socket, limits: Limits, output: _BoundedOutput) -> NoReturn:
     this_process = os.getpid()
     scope = _fresh_main()
-    output = _BoundedOutput(limits.output_bytes)
     while True:
         try:
             request = frames.receive(channel, _MAX_CODE_BYTES)

@@ -51,7 +51,10 @@ def find(wanted: Sequence[str], readable: Sequence[str], own: namespaces.Session
     version = landlock.version() if LANDLOCK in wanted else 0
     if own is None and version < landlock.MINIMUM:
         version = 0
-    return Walls(readable, own, version, SECCOMP in wanted and seccomp.is_available(), children=own is not None)
+    has_filter = SECCOMP in wanted and seccomp.is_available()
+    if has_filter:
+        seccomp.build(None)  # once, for all sessions to come
+    return Walls(readable, own, version, has_filter, children=own is not None)
 
 
 def go_behind(walls: Walls, limits: limits_module.Limits, directory: str) -> None:
@@ -78,4 +81,4 @@ def go_behind(walls: Walls, limits: limits_module.Limits, directory: str) -> Non
         else:
             landlock.restrict([*walls.readable, *namespaces.DEVICES], [directory, *_WRITABLE_DEVICES])
     if walls.seccomp:
-        seccomp.install(seccomp.build(children=walls.children, pid=os.getpid()))
+        seccomp.install(seccomp.build(None if walls.children else os.getpid()))
