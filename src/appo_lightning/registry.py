@@ -10,6 +10,8 @@ COMPONENTS = (
     "appo_lightning.samplers.transformers",
     "appo_lightning.tools.python",
     "appo_lightning.tools.search",
+    "appo_lightning.tools.backends.docker",
+    "appo_lightning.tools.backends.http",
     "appo_lightning.rewards.tagged",
     "appo_lightning.rewards.mathematics",
     "appo_lightning.tasks.lookup",

@@ -16,6 +16,7 @@ from appo_lightning.tools._sandbox import frames
 from appo_lightning.tools._sandbox.client import ForkServer
 from appo_lightning.tools._sandbox.limits import Limits
 from appo_lightning.tools._sandbox.protections import Protections
+from appo_lightning.tools.backends.base import InterpreterServer, Needs, PythonBackend
 from appo_lightning.tools.base import Tool, ToolSession
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 _MAX_CODE_CHARS = 1_000_000
 _MAX_ERROR_BYTES = 8192
+_WARM_SESSIONS = 4
 _RESTARTED = "was restarted: its variables are lost."
 
 
@@ -52,8 +54,9 @@ class PythonTool(Tool):
         max_processes: processes and threads of a session at once.
         packages: whether installed packages (numpy, sympy) can be imported.
         preload: modules imported once by the server, so that no session waits for them, for example ``["sympy"]``.
-        warm_sessions: processes kept ready for sessions to come.
-        allow_unsafe: run even where a protection is missing, for code that you trust.
+        warm_sessions: processes kept ready for sessions to come; on this machine only.
+        allow_unsafe: run even where a protection is missing, for code that you trust; on this machine only.
+        backend: where the interpreters run instead: ``DockerBackend``, ``HTTPBackend``; None: on this machine.
 
     Raises:
         ConfigurationError: a limit is not positive; at a session's start also: the server cannot start, or a protection
@@ -76,8 +79,9 @@ class PythonTool(Tool):
         max_processes: int = 32,
         packages: bool = True,
         preload: Sequence[str] = (),
-        warm_sessions: int = 4,
+        warm_sessions: int = _WARM_SESSIONS,
         allow_unsafe: bool = False,
+        backend: PythonBackend | None = None,
     ) -> None:
         if not 0 < timeout_s < math.inf:
             raise ConfigurationError(f"timeout_s must be a positive number of seconds, got {timeout_s}")
@@ -101,7 +105,11 @@ class PythonTool(Tool):
         self.max_output_chars, self.file_mb = max_output_chars, file_mb
         self.scratch_mb, self.max_processes = scratch_mb, max_processes
         self.packages, self.preload = packages, tuple(preload)
-        self.warm_sessions, self.allow_unsafe = warm_sessions, allow_unsafe
+        if backend is not None and (allow_unsafe or warm_sessions != _WARM_SESSIONS):
+            raise ConfigurationError(
+                f"allow_unsafe and warm_sessions have no effect with backend = {type(backend).__name__}: leave them out"
+            )
+        self.warm_sessions, self.allow_unsafe, self.backend = warm_sessions, allow_unsafe, backend
         self._reported = False
         self._server = self._new_server()
 
@@ -125,7 +133,7 @@ class PythonTool(Tool):
     def close(self) -> None:
         self._server.close()
 
-    def _new_server(self) -> ForkServer:
+    def _new_server(self) -> InterpreterServer:
         limits = Limits(
             cpu_s=self.cpu_s,
             memory_mb=self.memory_mb,
@@ -135,6 +143,8 @@ class PythonTool(Tool):
             # UTF-8: enough bytes to know whether there were more characters than are shown.
             output_bytes=4 * self.max_output_chars + 1,
         )
+        if self.backend is not None:
+            return self.backend.serve(Needs(limits, self.timeout_s, self.packages, self.preload))
         return ForkServer(
             limits,
             packages=self.packages,

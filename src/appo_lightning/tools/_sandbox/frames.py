@@ -37,13 +37,18 @@ class Frame:
     payload: bytes
 
 
+def pack(kind: int, number: int = 0, payload: bytes = b"") -> bytes:
+    """One message as bytes."""
+    return _HEADER.pack(_MARK, kind, number, len(payload)) + payload
+
+
 def send(channel: socket.socket, kind: int, number: int = 0, payload: bytes = b"", flags: int = 0) -> None:
     """Write one message, as one write where the socket buffer allows.
 
     Raises:
         OSError: the other end is gone.
     """
-    message = _HEADER.pack(_MARK, kind, number, len(payload)) + payload
+    message = pack(kind, number, payload)
     if flags:
         channel.send(message, flags)
     else:

@@ -21,6 +21,7 @@ class Protections:
     walls: tuple[str, ...]  # what they are made of
     children: bool  # whether sessions can start processes
     lacks: str  # why there are no namespaces, or ""
+    where: str = ""  # in which container or service, or "": on this machine
 
     @classmethod
     def from_report(cls, report: Mapping[str, Any], lacks: str) -> Protections:
@@ -34,6 +35,17 @@ class Protections:
             lacks=lacks,
         )
 
+    @classmethod
+    def from_service(cls, fields: Mapping[str, Any], where: str) -> Protections:
+        """Read what a server elsewhere says about itself.
+
+        Args:
+            fields: its protections as a dictionary.
+            where: it is.
+        """
+        lists = {name: tuple(fields[name]) for name in ("held", "missing", "walls")}
+        return cls(**lists, children=fields["children"], lacks=fields["lacks"], where=where)
+
     def line(self) -> str:
         """All of it on one line."""
         found = [f"tried and found to hold: {', '.join(self.held) or 'nothing'}"]
@@ -41,7 +53,8 @@ class Protections:
             found.append(f"MISSING: {', '.join(self.missing)}")
         if not self.children:
             found.append("sessions cannot start processes")
-        return f"{'; '.join(found)} (by {', '.join(self.walls)}{self._why()})"
+        place = f"{self.where}, " if self.where else ""
+        return f"{place}{'; '.join(found)} (by {', '.join(self.walls)}{self._why()})"
 
     def refusal(self) -> str:
         """Why it cannot be used."""
