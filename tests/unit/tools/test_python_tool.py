@@ -242,6 +242,15 @@ def test_the_working_directory_is_private_and_starts_empty(tool, session):
     other.close()
 
 
+def test_scratch_files_and_shared_memory_share_one_limit(make_tool):
+    session = make_tool(scratch_mb=8, file_mb=6).open(TASK)
+    session.call("open('file', 'wb').write(bytes(5 << 20))")
+    assert "No space left" in str(failure_of(session, "open('/dev/shm/file', 'wb').write(bytes(5 << 20))"))
+    session.call("import os; os.remove('file')")
+    assert session.call("open('/dev/shm/file', 'wb').write(bytes(5 << 20))") == str(5 << 20)
+    assert session.call("os.listdir('/tmp'), os.listdir('/dev/shm')") == "([], ['file'])"
+
+
 def test_without_namespaces_the_working_directory_is_removed_with_everything_in_it(make_tool, tmp_path):
     (tmp_path / "kept").write_text("kept")
     session = make_tool(walls=("landlock", "seccomp")).open(TASK)
@@ -311,7 +320,8 @@ def test_a_flood_of_output_fills_no_memory(make_tool):
 def test_new_privileges_and_core_dumps_are_off(session):
     status = session.call("print(open('/proc/self/status').read())")
     assert "NoNewPrivs:\t1" in status
-    assert session.call("import resource; resource.getrlimit(resource.RLIMIT_CORE)") == "(0, 0)"
+    # The value that also keeps the kernel from starting a program for core dumps.
+    assert session.call("import resource; resource.getrlimit(resource.RLIMIT_CORE)") == "(1, 1)"
 
 
 # Junk

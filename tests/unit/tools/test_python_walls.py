@@ -111,7 +111,7 @@ def test_where_namespaces_are_kept_from_users_the_other_walls_do_and_the_reason_
         pytest.skip("this machine keeps namespaces from users")
     assert done.stdout.startswith("2 Protections(held=('no network', "), done.stderr
     assert "missing=()" in done.stdout
-    assert "children=False, lacks='[Errno 28] unshare: No space left on device')" in done.stdout
+    assert "children=False, lacks='[Errno 28] unshare: No space left on device'" in done.stdout
 
 
 def test_an_ordinary_user_gets_the_same_walls(tmp_path):

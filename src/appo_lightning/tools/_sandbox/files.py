@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import secrets
 from collections.abc import Iterator
 
 _LONGEST_PATH = 3000  # bytes; the kernel's limit is 4096
@@ -30,12 +31,14 @@ def remove_tree(directory: str) -> None:
 
     ``shutil.rmtree`` calls itself for each level, and a tree can be deeper than Python's stack.
     """
-    numbers = itertools.count()
-    waiting = [directory]
+    # Names that nobody could have taken on purpose.
+    top_names = map(f"{directory}/{secrets.token_hex(8)}-{{}}".format, itertools.count())
+    waiting, emptied = [directory], []
     with contextlib.suppress(OSError):
         os.chmod(directory, 0o700)
     while waiting:
         path = waiting.pop()
+        emptied.append(path)
         with contextlib.suppress(OSError), os.scandir(path) as entries:
             for entry in entries:
                 with contextlib.suppress(OSError):
@@ -43,12 +46,11 @@ def remove_tree(directory: str) -> None:
                         os.unlink(entry.path)
                         continue
                     os.chmod(entry.path, 0o700)
-                    # To the top: paths stay short.
-                    flat = f"{directory}/.removing-{next(numbers)}"
-                    os.rename(entry.path, flat)
-                    waiting.append(flat)
-        if path != directory:
-            with contextlib.suppress(OSError):
-                os.rmdir(path)
-    with contextlib.suppress(OSError):
-        os.rmdir(directory)
+                    child = entry.path
+                    if len(os.fsencode(child)) > _LONGEST_PATH:
+                        child = next(top_names)  # short again
+                        os.rename(entry.path, child)
+                    waiting.append(child)
+    for path in reversed(emptied):  # those inside come after those around them
+        with contextlib.suppress(OSError):
+            os.rmdir(path)

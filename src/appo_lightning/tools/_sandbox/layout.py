@@ -29,6 +29,7 @@ def clean_environment() -> dict[str, str]:
     environment = {
         "PATH": os.defpath,
         "LANG": "C.UTF-8",
+        "USER": "sandbox",
         # The order of sets of texts should not change from run to run.
         "PYTHONHASHSEED": "0",
         # Numerical libraries start a thread per core otherwise: in every session.

@@ -28,7 +28,8 @@ def lower(limits: Limits, *, counted_apart: bool) -> None:
         limits: of the session.
         counted_apart: whether the kernel counts this session's processes apart from all others.
     """
-    _lower(resource.RLIMIT_CORE, 0)
+    # One byte, not none: only this value also keeps the kernel from starting the system's program for core dumps.
+    _lower(resource.RLIMIT_CORE, 1)
     _lower(resource.RLIMIT_NOFILE, _OPEN_FILES)
     _lower(resource.RLIMIT_FSIZE, limits.file_mb << 20)
     _lower(resource.RLIMIT_AS, limits.memory_mb << 20)

@@ -14,6 +14,7 @@ import contextlib
 import ctypes
 import os
 import signal
+import socket
 import stat
 from collections.abc import Sequence
 from typing import NoReturn
@@ -81,6 +82,7 @@ def enter(keep_open: Sequence[int], directory: str, readable: Sequence[str]) -> 
     libc.process_option(libc.PR_SET_PDEATHSIG, signal.SIGKILL)
     libc.unshare(libc.CLONE_NEWNS)
     _change_root(directory, readable)
+    socket.sethostname("sandbox")
     return users
 
 
@@ -116,8 +118,13 @@ class SessionNamespaces:
         libc.mount("proc", "/proc", "proc", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC)
         user = self._user()
         options = f"mode=0700,uid={user},gid={user},size={self._scratch_mb}m,nr_inodes={MAX_FILES}"
-        for directory in (SCRATCH, _SHARED_MEMORY):
-            libc.mount("tmpfs", directory, "tmpfs", _MS_NOSUID | _MS_NODEV, options)
+        libc.mount("tmpfs", SCRATCH, "tmpfs", _MS_NOSUID | _MS_NODEV, options)
+        # Two directories of one file system: they share its size. The second covers what it lies in.
+        for directory in (_SHARED_MEMORY, SCRATCH):
+            part = f"{SCRATCH}/{os.path.basename(directory)}"
+            os.mkdir(part, 0o700)
+            os.chown(part, user, user)
+            libc.mount(part, directory, flags=_MS_BIND)
 
     def change_user(self) -> None:
         """In a session: become a user who is nobody outside, and whose processes are counted apart."""

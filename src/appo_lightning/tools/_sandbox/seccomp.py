@@ -27,7 +27,7 @@ _REFUSED = """
     ptrace process_vm_readv process_vm_writev process_madvise process_mrelease kcmp pidfd_getfd pidfd_send_signal
     bpf perf_event_open userfaultfd io_uring_setup io_uring_enter io_uring_register
     add_key request_key keyctl lsm_set_self_attr
-    init_module finit_module delete_module kexec_load kexec_file_load reboot syslog vhangup
+    init_module finit_module delete_module kexec_load kexec_file_load reboot syslog vhangup sync syncfs
     settimeofday clock_settime clock_adjtime adjtimex sethostname setdomainname
     iopl ioperm modify_ldt personality uselib ustat sysfs _sysctl nfsservctl lookup_dcookie
     memfd_create memfd_secret mbind set_mempolicy set_mempolicy_home_node migrate_pages move_pages vmsplice

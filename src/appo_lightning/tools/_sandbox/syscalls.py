@@ -125,6 +125,8 @@ _NUMBERS: dict[str, tuple[int | None, int | None]] = {
     "statmount": (457, 457),
     "swapoff": (168, 225),
     "swapon": (167, 224),
+    "sync": (162, 81),
+    "syncfs": (306, 267),
     "sysfs": (139, None),
     "syslog": (103, 116),
     "tgkill": (234, 131),
