@@ -3,6 +3,7 @@
 Every attempt runs twice: with all walls, and without namespaces, as in most containers.
 """
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -21,18 +22,28 @@ SECRET = "hunter2-is-my-secret"
 
 
 @pytest.fixture(scope="module", params=WALLS)
-def tool(request):
-    tool = tool_with(
-        WALLS[request.param],
-        timeout_s=1.0,
-        cpu_s=2,
-        memory_mb=256,
-        file_mb=4,
-        scratch_mb=8,
-        max_processes=16,
-        warm_sessions=0,
-    )
+def walls(request):
+    return WALLS[request.param]
+
+
+def make_tool(walls, timeout_s):
+    limits = {"cpu_s": 2, "memory_mb": 256, "file_mb": 4, "scratch_mb": 8, "max_processes": 16}
+    tool = tool_with(walls, timeout_s=timeout_s, warm_sessions=0, **limits)
     assert not tool.protections().missing
+    return tool
+
+
+@pytest.fixture(scope="module")
+def tool(walls):
+    tool = make_tool(walls, timeout_s=30)
+    yield tool
+    tool.close()
+
+
+@pytest.fixture(scope="module")
+def impatient_tool(walls):
+    """For what never ends by itself."""
+    tool = make_tool(walls, timeout_s=1)
     yield tool
     tool.close()
 
@@ -55,16 +66,29 @@ def outside(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def neighbour(tool):
-    """A session that is there all the time."""
-    session = tool.open(TASK)
-    session.call("x = 1")
-    return session
+def neighbours(tool, impatient_tool):
+    """A session of each tool that is there all the time."""
+    sessions = {each: each.open(TASK) for each in (tool, impatient_tool)}
+    for session in sessions.values():
+        session.call("x = 1")
+    return sessions
 
 
 @pytest.fixture
-def attempt(tool, outside, neighbour):
+def attempt(tool, outside, neighbours):
     """Runs code in a session of its own and says what came of it; then looks whether all is as before."""
+    with attempts(tool, outside, neighbours[tool]) as run:
+        yield run
+
+
+@pytest.fixture
+def endless_attempt(impatient_tool, outside, neighbours):
+    with attempts(impatient_tool, outside, neighbours[impatient_tool]) as run:
+        yield run
+
+
+@contextlib.contextmanager
+def attempts(tool, outside, neighbour):
     server, (repository, victim) = server_pid(tool), outside
     at_rest, directories = descendants(server), set(os.listdir(server_directory(tool)))
     session = tool.open(TASK)
@@ -116,9 +140,9 @@ def wait_until(condition, seconds=60.0):
         "import threading, time\nwhile True: threading.Thread(target=time.sleep, args=(300,)).start()",
     ],
 )
-def test_bombs_of_processes_and_threads_go_off_in_their_session(attempt, tool, code):
-    attempt(code)
-    assert len(descendants(server_pid(tool))) < 60
+def test_bombs_of_processes_and_threads_go_off_in_their_session(endless_attempt, impatient_tool, code):
+    endless_attempt(code)
+    assert len(descendants(server_pid(impatient_tool))) < 60
 
 
 def test_the_limit_counts_the_processes_of_a_session(attempt, has_namespaces):
@@ -139,8 +163,8 @@ def test_the_limit_counts_the_processes_of_a_session(attempt, has_namespaces):
         "x = 10 ** 10 ** 10",
     ],
 )
-def test_bombs_of_memory_go_off_in_their_process(attempt, code):
-    assert says(attempt(code), ("MemoryError", "Cannot allocate", "TimeoutError"))
+def test_bombs_of_memory_go_off_in_their_process(endless_attempt, code):
+    assert says(endless_attempt(code), ("MemoryError", "Cannot allocate", "TimeoutError"))
 
 
 def test_the_processes_of_a_session_share_one_limit_on_memory(attempt, has_namespaces):
@@ -179,8 +203,8 @@ def test_the_processes_of_a_session_share_one_limit_on_memory(attempt, has_names
         ("exec('x = ' + '[' * 10**6)", "MemoryError|SyntaxError|RecursionError|The interpreter ended"),
     ],
 )
-def test_what_never_ends_is_ended(attempt, code, outcome):
-    assert says(attempt(code), outcome.split("|"))
+def test_what_never_ends_is_ended(endless_attempt, code, outcome):
+    assert says(endless_attempt(code), outcome.split("|"))
 
 
 @pytest.mark.parametrize(
@@ -192,8 +216,8 @@ def test_what_never_ends_is_ended(attempt, code, outcome):
     ],
     ids=["many large files", "many empty files", "one large file"],
 )
-def test_the_disk_is_not_filled(attempt, code):
-    assert says(attempt(code), ("No space left", "File too large", "8192, of files", "TimeoutError"))
+def test_the_disk_is_not_filled(endless_attempt, code):
+    assert says(endless_attempt(code), ("No space left", "File too large", "8192, of files", "TimeoutError"))
 
 
 # Out of bounds
@@ -324,7 +348,9 @@ def test_privileges_and_limits_cannot_be_raised(attempt, has_namespaces):
         "os.nice(-5)",
         "os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))",
     ):
-        assert attempt(f"import os, resource\n{code}").startswith(("ValueError", "PermissionError", "AttributeError"))
+        outcome = attempt(f"import os, resource\n{code}")
+        # 22: an ordinary user's session knows no user number but its own.
+        assert outcome.startswith(("ValueError", "PermissionError", "AttributeError", "OSError: [Errno 22]"))
 
 
 def test_dangerous_system_calls_are_refused_even_when_made_directly(attempt, has_namespaces):
@@ -365,7 +391,7 @@ def test_new_namespaces_cannot_be_made(attempt, flag):
         ("print('a\\0b')", "a\0b"),
         ("'\\ud800'", "'\\ud800'"),
         ("print('\\ud800')", "\\ud800"),
-        ("\0", "SyntaxError: source code string cannot contain null bytes"),
+        ("\0", ("SyntaxError: source code string cannot", "ValueError: source code string cannot")),
         ("import os; os.closerange(0, 256)", "The interpreter ended (exit code 1)"),
         ("import os; os._exit(0)", "The interpreter ended (exit code 0)"),
         ("import sys; sys.exit(3)", "SystemExit: 3"),
