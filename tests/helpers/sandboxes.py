@@ -1,7 +1,11 @@
 """What tests see of a Python tool from outside: its processes, its directory, a tool with only some walls."""
 
+import time
 from pathlib import Path
 
+import pytest
+
+from appo_lightning.errors import ToolFailure
 from appo_lightning.tools.python import PythonTool
 
 # What machines offer: everything; a container or a system that keeps namespaces from users.
@@ -39,3 +43,26 @@ def descendants(pid):
         new = {child for child, parent in parents.items() if parent in new} - found
         found |= new
     return found
+
+
+def failure_of(session, code):
+    with pytest.raises(ToolFailure) as caught:
+        session.call(code)
+    return caught.value
+
+
+def wait_until(condition, seconds=60.0):
+    """Whether it comes true; a busy machine may take its time."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.01)
+    return condition()
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False

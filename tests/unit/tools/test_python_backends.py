@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from appo_lightning.errors import ConfigurationError, ToolFailure
+from appo_lightning.errors import ConfigurationError
 from appo_lightning.tools.backends.docker import DockerBackend
 from appo_lightning.tools.backends.http import HTTPBackend
 from appo_lightning.tools.python import PythonTool
 from appo_lightning.types import Task
-from helpers.sandboxes import descendants
+from helpers.sandboxes import descendants, failure_of, wait_until
 
 TASK = Task("task-0", [1], ("x",))
 ENGINE = str(Path(__file__).parents[2] / "helpers" / "fake_engine.py")
@@ -55,19 +55,6 @@ def make_tool(backend):
     yield make
     for tool in tools:
         tool.close()
-
-
-def failure_of(session, code):
-    with pytest.raises(ToolFailure) as caught:
-        session.call(code)
-    return caught.value
-
-
-def wait_until(condition, seconds=10.0):
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and not condition():
-        time.sleep(0.01)
-    return condition()
 
 
 both = pytest.mark.parametrize("backend", ["container", "service"], indirect=True)

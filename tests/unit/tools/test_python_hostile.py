@@ -8,14 +8,13 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from appo_lightning.errors import ToolFailure
 from appo_lightning.types import Task
-from helpers.sandboxes import WALLS, descendants, server_directory, server_pid, tool_with
+from helpers.sandboxes import WALLS, descendants, server_directory, server_pid, tool_with, wait_until
 
 TASK = Task("task-0", [1], ("x",))
 SECRET = "hunter2-is-my-secret"
@@ -116,15 +115,6 @@ def attempts(tool, outside, neighbour):
 
 def says(outcome, words):
     return any(word in outcome for word in words)
-
-
-def wait_until(condition, seconds=60.0):
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(0.01)
-    return condition()
 
 
 # Too much
