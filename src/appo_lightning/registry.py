@@ -15,6 +15,8 @@ COMPONENTS = (
     "appo_lightning.tools.mcp",
     "appo_lightning.tools.web",
     "appo_lightning.tools.cassette",
+    "appo_lightning.tools.backends.docker",
+    "appo_lightning.tools.backends.http",
     "appo_lightning.rewards.tagged",
     "appo_lightning.rewards.mathematics",
     "appo_lightning.tasks.lookup",

@@ -46,6 +46,8 @@ class ToolCall:
     succeeded: bool
     seconds: float
     error: ToolError | None = None
+    digest: str = ""  # of the whole answer, before it was cut; compared when the call is replayed; "": not compared
+    state_matches: bool | None = None  # whether calls replayed for its state answered as recorded; None: none were
 
 
 @dataclass(slots=True)

@@ -187,8 +187,12 @@ def test_make_variables_exist():
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.words[0].endswith("python")], ids=str)
 def test_script_exists_with_its_options(command):
-    text = (ROOT / command.words[1]).read_text()
-    for option in command.words[2:]:
+    script, *options = command.words[1:]
+    if script == "-m":
+        module, *options = options
+        script = f"src/{module.replace('.', '/')}.py"
+    text = (ROOT / script).read_text()
+    for option in options:
         assert not option.startswith("--") or f'"{option}"' in text, f"{command}: no option {option}"
 
 

@@ -32,6 +32,9 @@ class ToolCallEfficiency(L.Callback):
         roots = [root for tree in batch.trees for root in tree.roots]
         add_tool_metrics(metrics, roots, _tool_names(trainer), prefix="tools")
         _add_counts(metrics, trainer, prefix="tools")
+        branches = [branch.trajectory for tree in batch.trees for branch in tree.branches]
+        mismatched = [any(call.state_matches is False for call in branch.tool_calls) for branch in branches]
+        metrics.add("tools/replay_mismatch_rate", [float(found) for found in mismatched])
         log_metrics(trainer, metrics)
 
     def on_validation_batch_end(

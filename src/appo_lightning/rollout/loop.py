@@ -320,6 +320,7 @@ class RolloutLoop:
         name, argument = episode.pending
         episode.pending = None
         text = outcome.text.strip()
+        session = episode.session(self._tools[name])
         error: ToolError | None = None
         if outcome.failure is not None:
             kind = outcome.failure.kind
@@ -332,6 +333,9 @@ class RolloutLoop:
         self.statistics.tool_calls += 1
         self.statistics.tool_seconds += outcome.seconds
         self._append_result(episode, name, argument, text, error, outcome.seconds)
+        call = episode.tool_calls[-1]
+        call.digest = "" if error == "timeout" else session.digest  # a call given up may still be running
+        call.state_matches = session.state_matches
 
     def _append_result(
         self, episode: _Episode, name: str, argument: str, text: str, error: ToolError | None, seconds: float

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 import warnings
 from collections.abc import Sequence
@@ -28,6 +29,14 @@ def calls_to_replay(calls: Sequence[ToolCall], name: str) -> list[ToolCall]:
     return replay
 
 
+def digest_of(answer: str | Exception) -> str:
+    """What a call answered or failed with, short; "" for a time-out, which says nothing about the tool's state."""
+    if isinstance(answer, ToolFailure) and answer.kind == "timeout":
+        return ""
+    text = answer if isinstance(answer, str) else f"{type(answer).__name__}: {answer}"
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+
+
 class EpisodeSession:
     """A tool session that one trajectory owns.
 
@@ -38,6 +47,10 @@ class EpisodeSession:
         tool: to open.
         task: of the trajectory.
         replay: calls to repeat before the first call, so that the session has the state that they left.
+
+    Attributes:
+        digest: of the last answer.
+        state_matches: whether the repeated calls answered as they did at first; None: none was repeated.
     """
 
     def __init__(self, tool: Tool, task: Task, replay: Sequence[ToolCall] = ()) -> None:
@@ -45,6 +58,8 @@ class EpisodeSession:
         self._session: ToolSession | None = None
         self._lock = threading.Lock()
         self._busy = self._closing = False
+        self.digest = ""
+        self.state_matches: bool | None = None
 
     @property
     def timeout_s(self) -> float:
@@ -59,8 +74,14 @@ class EpisodeSession:
         """
         with self._lock:
             self._busy = True
+        self.digest = ""
         try:
-            return self._opened().call(argument)
+            answer = self._opened().call(argument)
+            self.digest = digest_of(answer)
+            return answer
+        except Exception as error:
+            self.digest = digest_of(error)
+            raise
         finally:
             with self._lock:
                 self._busy = False
@@ -97,16 +118,29 @@ class EpisodeSession:
 
     def _repeat(self, session: ToolSession, recorded: ToolCall) -> None:
         try:
-            session.call(recorded.argument)
+            self._compare(recorded, session.call(recorded.argument))
         except AppoError:
             raise
         except Exception as error:
             timed_out = isinstance(error, ToolFailure) and error.kind == "timeout"
             # A call that failed in the root fails here too, and leaves the same state behind.
             if recorded.error == "error" and not timed_out:
+                self._compare(recorded, error)
                 return
             # Kind "timeout": this session's state is not the root's, so it is given up.
             raise ToolFailure(f"the state of earlier calls is lost: {error}", kind="timeout") from error
+
+    def _compare(self, recorded: ToolCall, answer: str | Exception) -> None:
+        if not recorded.digest:
+            return
+        matches = digest_of(answer) == recorded.digest
+        self.state_matches = matches and self.state_matches is not False
+        if not matches:
+            warnings.warn(
+                f"tool {self._tool.name!r}: a call repeated for a branch did not answer as in its root (time, chance, "
+                "addresses?): the branch may start from another state; tools/replay_mismatch_rate counts such branches",
+                stacklevel=2,
+            )
 
     def _check_wanted(self) -> None:
         if self._closing:

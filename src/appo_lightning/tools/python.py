@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import socket
+import sys
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -13,6 +15,8 @@ from appo_lightning.errors import ConfigurationError, ToolFailure
 from appo_lightning.tools._sandbox import frames
 from appo_lightning.tools._sandbox.client import ForkServer
 from appo_lightning.tools._sandbox.limits import Limits
+from appo_lightning.tools._sandbox.protections import Protections
+from appo_lightning.tools.backends.base import InterpreterServer, Needs, PythonBackend
 from appo_lightning.tools.base import Tool, ToolSession
 
 if TYPE_CHECKING:
@@ -22,6 +26,7 @@ if TYPE_CHECKING:
 
 _MAX_CODE_CHARS = 1_000_000
 _MAX_ERROR_BYTES = 8192
+_WARM_SESSIONS = 4
 _RESTARTED = "was restarted: its variables are lost."
 
 
@@ -33,25 +38,29 @@ class PythonTool(Tool):
     of its prefix comes to the same values.
 
     Sessions are forked by a small server process that holds nothing of the trainer; the trainer is never forked.
-    Each runs in a private working directory, without the trainer's environment variables and open files, and is
-    killed with everything it started when it is closed or exceeds a limit.
-
-    Not protected yet: a session runs as the trainer's user. It can use the network, read what that user can read
-    (``/proc/<trainer>/environ`` included), write outside its directory, fill the disk with many files and signal
-    other processes of that user, the trainer included. Limits on processes do not bind root. Policies that may be
-    hostile, rather than clumsy, need a container around the run.
+    They run behind walls of the kernel (namespaces, Landlock, a filter of system calls, resource limits): no network,
+    no files but Python's own and a private scratch directory, no processes but their own, and everything that a session
+    started ends with it. The server tries each protection when it starts, says on one line what holds, and refuses to
+    run where something is missing. ``docs/security.md`` says more.
 
     Args:
         timeout_s: wall-clock limit of one call, seconds. The interpreter is killed; the next call gets a new one.
-        cpu_s: CPU limit of one call, whole seconds, all threads together.
-        memory_mb: address space of one process, MiB; preloaded modules count.
+        cpu_s: CPU limit of one call, whole seconds, for each process, all its threads together.
+        memory_mb: address space of one process, and memory of all processes of a session together, MiB; preloaded
+            modules count.
         max_output_chars: characters of output shown of one call; the rest is dropped, with a notice.
         file_mb: largest file that can be written, MiB.
+        scratch_mb: all files of a session together, MiB.
+        max_processes: processes and threads of a session at once.
         packages: whether installed packages (numpy, sympy) can be imported.
         preload: modules imported once by the server, so that no session waits for them, for example ``["sympy"]``.
+        warm_sessions: processes kept ready for sessions to come; on this machine only.
+        allow_unsafe: run even where a protection is missing, for code that you trust; on this machine only.
+        backend: where the interpreters run instead: ``DockerBackend``, ``HTTPBackend``; None: on this machine.
 
     Raises:
-        ConfigurationError: a limit is not positive; at a session's start also: the server cannot start.
+        ConfigurationError: a limit is not positive; at a session's start also: the server cannot start, or a protection
+            is missing.
     """
 
     name = "python"
@@ -66,40 +75,83 @@ class PythonTool(Tool):
         memory_mb: int = 1024,
         max_output_chars: int = 4000,
         file_mb: int = 16,
+        scratch_mb: int = 64,
+        max_processes: int = 32,
         packages: bool = True,
         preload: Sequence[str] = (),
+        warm_sessions: int = _WARM_SESSIONS,
+        allow_unsafe: bool = False,
+        backend: PythonBackend | None = None,
     ) -> None:
         if not 0 < timeout_s < math.inf:
             raise ConfigurationError(f"timeout_s must be a positive number of seconds, got {timeout_s}")
-        for option, value in (("cpu_s", cpu_s), ("max_output_chars", max_output_chars), ("file_mb", file_mb)):
+        positive = {
+            "cpu_s": cpu_s,
+            "max_output_chars": max_output_chars,
+            "file_mb": file_mb,
+            "scratch_mb": scratch_mb,
+            "max_processes": max_processes,
+        }
+        for option, value in positive.items():
             if value < 1:
                 raise ConfigurationError(f"{option} must be at least 1, got {value}")
+        if warm_sessions < 0:
+            raise ConfigurationError(f"warm_sessions must be at least 0, got {warm_sessions}")
         if memory_mb < 64:
             raise ConfigurationError(
                 f"memory_mb must be at least 64, which an empty interpreter needs, got {memory_mb}"
             )
         self.timeout_s, self.cpu_s, self.memory_mb = timeout_s, cpu_s, memory_mb
         self.max_output_chars, self.file_mb = max_output_chars, file_mb
+        self.scratch_mb, self.max_processes = scratch_mb, max_processes
         self.packages, self.preload = packages, tuple(preload)
+        if backend is not None and (allow_unsafe or warm_sessions != _WARM_SESSIONS):
+            raise ConfigurationError(
+                f"allow_unsafe and warm_sessions have no effect with backend = {type(backend).__name__}: leave them out"
+            )
+        self.warm_sessions, self.allow_unsafe, self.backend = warm_sessions, allow_unsafe, backend
+        self._reported = False
         self._server = self._new_server()
 
     def open(self, task: Task) -> ToolSession:
         # Here, so that a server that cannot start stops the run instead of failing every call.
-        self._server.start()
+        self.protections()
         return PythonSession(self)
+
+    def protections(self) -> Protections:
+        """What keeps policy code from the trainer, as tried at the start of the server, which this starts.
+
+        Raises:
+            ConfigurationError: the server cannot start, or a protection is missing.
+        """
+        found = self._server.start()
+        if not self._reported and _is_first_rank():
+            print(f"python tool: {found.line()}", file=sys.stderr)
+        self._reported = True
+        return found
 
     def close(self) -> None:
         self._server.close()
 
-    def _new_server(self) -> ForkServer:
+    def _new_server(self) -> InterpreterServer:
         limits = Limits(
             cpu_s=self.cpu_s,
             memory_mb=self.memory_mb,
             file_mb=self.file_mb,
+            scratch_mb=self.scratch_mb,
+            processes=self.max_processes,
             # UTF-8: enough bytes to know whether there were more characters than are shown.
             output_bytes=4 * self.max_output_chars + 1,
         )
-        return ForkServer(limits, packages=self.packages, preload=self.preload)
+        if self.backend is not None:
+            return self.backend.serve(Needs(limits, self.timeout_s, self.packages, self.preload))
+        return ForkServer(
+            limits,
+            packages=self.packages,
+            preload=self.preload,
+            waiting=self.warm_sessions,
+            allow_unsafe=self.allow_unsafe,
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and worker processes start a server of their own.
@@ -200,7 +252,11 @@ class PythonSession(ToolSession):
 
     def _receive(self, channel: socket.socket, kind: int, deadline: float) -> bytes:
         try:
-            frame = frames.receive(channel, 4 * self._tool.max_output_chars + _MAX_ERROR_BYTES, deadline)
+            largest = 4 * self._tool.max_output_chars + _MAX_ERROR_BYTES
+            frame = frames.receive(channel, largest, deadline)
+            while 0 < frame.number < self._number:
+                # Policy code answered in the interpreter's place; what that said later belongs to a call long over.
+                frame = frames.receive(channel, largest, deadline)
         except TimeoutError:
             raise
         except (EOFError, OSError):
@@ -238,6 +294,10 @@ class PythonSession(ToolSession):
             if self._channel is not None:
                 self._channel.close()
                 self._channel = None
+
+
+def _is_first_rank() -> bool:
+    return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
 
 
 class _Ended(Exception):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import warnings
 from typing import Any
 
 import pytest
 
 from appo_lightning.rollout.limits import RolloutLimits
-from appo_lightning.rollout.loop import Prefix, RolloutLoop
-from appo_lightning.rollout.sessions import EpisodeSession, calls_to_replay
+from appo_lightning.rollout.loop import Prefix, RolloutLimits, RolloutLoop
+from appo_lightning.rollout.sessions import EpisodeSession, calls_to_replay, digest_of
 from appo_lightning.rollout.tree import branch_prefixes
 from appo_lightning.tools.base import Tool
 from appo_lightning.types import BranchPoint, RolloutTree, ToolCall, Trajectory
@@ -313,3 +315,83 @@ def test_a_python_branch_has_the_variables_of_its_prefix_and_no_later_ones(inter
     draw, length, later = first.tool_calls[-1].result.split()
     assert (length, later) == ("1", "False")
     assert second.tool_calls[-1].result == f"{draw} 2 False"
+
+
+# Repeating what was not as it seemed
+
+
+class DriftingTool(VariableTool):
+    """Answers "clock" differently each time, as a program that prints the time does."""
+
+    def open(self, task):
+        session, ticks = super().open(task), self.ticks
+        answer = session.call
+
+        def call(argument):
+            return f"tick {next(ticks)}" if argument == "clock" else answer(argument)
+
+        session.call = call
+        return session
+
+    ticks = itertools.count()
+
+
+@pytest.mark.parametrize(
+    ("first", "matches"),
+    [("x=1", True), ("del", True), ("clock", False)],
+    ids=["the same answer", "the same failure", "another answer"],
+)
+def test_a_repeated_call_that_answers_otherwise_marks_the_branch(first, matches):
+    script = after({"?": code(first), "</result>": code("y=2"), "y</result>": f"ok{EOS}"})
+    tool = DriftingTool()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing is said about a root
+        root = root_of(script, tool, max_tool_calls=1)
+    assert [call.state_matches for call in root.tool_calls][:1] == [None]
+    assert len(root.tool_calls[0].digest) == 16
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        (branch,) = run(
+            after({"": code("y=2"), "</result>": f"ok{EOS}"}),
+            [prefix_of(root, stop_of(root, 0))],
+            tool,
+            max_tool_calls=2,
+        )
+    assert branch.tool_calls[0].digest == root.tool_calls[0].digest
+    assert branch.tool_calls[1].state_matches is matches
+    assert ["did not answer as in its root" in str(warning.message) for warning in said] == [True] * (not matches)
+
+
+def test_what_was_cut_for_the_policy_is_compared_as_a_whole():
+    tool = DriftingTool()
+    call = recorded("x=1")
+    call.digest = digest_of("x" * 10_000)
+    session = EpisodeSession(tool, make_task(), [call])
+    with pytest.warns(UserWarning, match="did not answer as in its root"):
+        session.call("x")
+    assert session.state_matches is False
+    assert digest_of("x" * 10_000) != digest_of("x" * 9_999)
+
+
+def test_root_and_branches_of_a_python_session_never_see_each_other(interpreter):
+    script = after(
+        {
+            "?": code("before = 1\nopen('file', 'w').write('root')"),
+            "4</result>": code("before = after = 2\nopen('file', 'w').write('later')"),
+            "5</result>": f"ok{EOS}",
+        }
+    )
+    root = root_of(script, interpreter)
+    assert [call.result for call in root.tool_calls] == ["4", "5"]
+    asks = {"": code("before, 'after' in globals(), open('file').read()"), "</result>": f"ok{EOS}"}
+    changes = {
+        "": code("before = 3; open('file', 'w').write('branch')"),
+        "6</result>": code("before, open('file').read()"),
+    }
+    start = prefix_of(root, stop_of(root, 0))
+    (first,) = run(after(asks), [start], interpreter)
+    (second,) = run(after({**changes, "branch')</result>": f"ok{EOS}"}), [start], interpreter)
+    (third,) = run(after(asks), [start], interpreter)
+    assert first.tool_calls[-1].result == third.tool_calls[-1].result == "(1, False, 'root')"
+    assert second.tool_calls[-1].result == "(3, 'branch')"
+    assert [call.state_matches for call in (first.tool_calls[-1], second.tool_calls[-1])] == [True, True]

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import threading
 import time
@@ -16,14 +14,19 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from appo_lightning.errors import ConfigurationError
-from appo_lightning.tools._sandbox import frames, processes
-from appo_lightning.tools._sandbox.limits import Limits
+from appo_lightning.tools._sandbox import files, frames, layout
+from appo_lightning.tools._sandbox.protections import Protections
+
+if TYPE_CHECKING:
+    from appo_lightning.tools._sandbox.limits import Limits
 
 _SCRIPT = Path(__file__).with_name("server.py")
 _START_S = 60.0  # the preloaded modules may be large
 _END_S = 10.0
+WALLS = ("namespaces", "landlock", "seccomp")  # used where the machine has them
 
 
 class ForkServer:
@@ -35,21 +38,42 @@ class ForkServer:
         limits: of every interpreter.
         packages: whether installed packages can be imported.
         preload: modules imported once, before any interpreter is forked.
+        waiting: interpreters kept ready for sessions to come.
+        allow_unsafe: run even where protections are missing.
+        walls: kinds of walls that may be used.
     """
 
-    def __init__(self, limits: Limits, *, packages: bool, preload: Sequence[str]) -> None:
-        self._limits, self._packages, self._preload = limits, packages, list(preload)
+    def __init__(
+        self,
+        limits: Limits,
+        *,
+        packages: bool,
+        preload: Sequence[str],
+        waiting: int,
+        allow_unsafe: bool,
+        walls: Sequence[str] = WALLS,
+    ) -> None:
+        directories = layout.package_directories() if packages else []
+        self._allow_unsafe, self._walls = allow_unsafe, tuple(walls)
+        self._options = {
+            "limits": asdict(limits),
+            "packages": directories,
+            "readable": layout.readable_paths(directories),
+            "preload": list(preload),
+            "waiting": waiting,
+        }
         self._lock = threading.Lock()
         self._running: _Running | None = None
 
-    def start(self) -> None:
-        """Make sure that the server runs.
+    def start(self) -> Protections:
+        """Make sure that the server runs; what protects the trainer from it.
 
         Raises:
-            ConfigurationError: it cannot start, for example because a preloaded module is missing.
+            ConfigurationError: it cannot start, for example because a preloaded module is missing; or a protection
+                is missing.
         """
         with self._lock:
-            self._started()
+            return self._started().protections
 
     def connect(self) -> socket.socket:
         """Fork an interpreter; returns at once. Closing the socket kills it.
@@ -84,33 +108,48 @@ class ForkServer:
         if self._running is not None and not self._running.is_alive():
             self._forget(self._running)
         if self._running is None:
-            self._running = _Running(self._limits, self._packages, self._preload)
+            running = self._launched()
+            if running.protections.missing and not self._allow_unsafe:
+                running.stop()
+                raise ConfigurationError(f"python tool: {running.protections.refusal()}")
+            self._running = running
         return self._running
+
+    def _launched(self) -> _Running:
+        walls, lacks = self._walls, ""
+        while True:
+            try:
+                return _Running({**self._options, "walls": walls}, lacks)
+            except _NoNamespacesError as reason:
+                walls, lacks = tuple(wall for wall in walls if wall != "namespaces"), str(reason)
 
     def _forget(self, running: _Running) -> None:
         running.stop()
         self._running = None
 
 
-class _Running:
-    """One server process, from start to stop."""
+class _NoNamespacesError(Exception):
+    """This machine does not let the server make namespaces; the message says why."""
 
-    def __init__(self, limits: Limits, packages: bool, preload: list[str]) -> None:
+
+class _Running:
+    """One server process, from start to stop.
+
+    Args:
+        options: for the server.
+        lacks: why it does without namespaces, or "".
+    """
+
+    def __init__(self, options: dict[str, Any], lacks: str) -> None:
         self._owner = os.getpid()
         directory = tempfile.mkdtemp(prefix="appo-python-")
         self.control, theirs = socket.socketpair()
-        options = {
-            "control_fd": theirs.fileno(),
-            "directory": directory,
-            "limits": asdict(limits),
-            "packages": _package_directories() if packages else [],
-            "preload": preload,
-        }
+        options = {**options, "control_fd": theirs.fileno(), "directory": directory}
         with theirs:
             self._process = subprocess.Popen(
                 # No site module, no user packages, no bytecode files.
                 [sys.executable, "-s", "-S", "-B", "-X", "utf8", str(_SCRIPT), json.dumps(options)],
-                env=_clean_environment(),
+                env=layout.clean_environment(),
                 cwd=directory,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -119,13 +158,14 @@ class _Running:
             )
         # Also when this object is forgotten, and at exit; at most once.
         self.stop = weakref.finalize(self, _stop, self._owner, self._process, self.control, directory)
-        self._wait_until_ready()
+        self.protections = Protections.from_report(self._report(), lacks)
 
     def is_alive(self) -> bool:
         """Whether this process can ask it for sessions: a forked copy of the trainer needs a server of its own."""
         return self._owner == os.getpid() and not _has_ended(self._process)
 
-    def _wait_until_ready(self) -> None:
+    def _report(self) -> dict[str, Any]:
+        """Wait until the server is ready; what it says about its walls."""
         try:
             answer = frames.receive(self.control, 1 << 16, time.monotonic() + _START_S)
         except (EOFError, OSError, frames.BrokenFrame) as error:
@@ -134,11 +174,15 @@ class _Running:
                 f"python tool: expected an interpreter from {sys.executable}, found that it did not start ({error!r}); "
                 "its own message is on the error stream"
             ) from error
+        reason = answer.payload.decode("utf-8", "replace")
+        if answer.kind == frames.LACKS:
+            self.stop()
+            raise _NoNamespacesError(reason)
         if answer.kind != frames.READY:
             self.stop()
-            reason = answer.payload.decode("utf-8", "replace")
             raise ConfigurationError(f"python tool: {reason}; install the module or take it out of preload")
         self.control.settimeout(None)
+        return json.loads(answer.payload)
 
 
 def _stop(owner: int, process: subprocess.Popen[bytes], control: socket.socket, directory: str) -> None:
@@ -151,37 +195,9 @@ def _stop(owner: int, process: subprocess.Popen[bytes], control: socket.socket, 
         if time.monotonic() > deadline:
             process.kill()
         time.sleep(0.001)
-    # If it was killed, its sessions died with it, but perhaps not what those had started.
-    processes.kill_members_of_session(process.pid)
     process.wait()
-    shutil.rmtree(directory, ignore_errors=True)
+    files.remove_tree(directory)
 
 
 def _has_ended(process: subprocess.Popen[bytes]) -> bool:
-    # Without reaping it: its process id must stay taken until the members of its session are gone.
-    try:
-        return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-    except ChildProcessError:
-        return True
-
-
-def _clean_environment() -> dict[str, str]:
-    """What an interpreter needs and nothing that the trainer knows."""
-    environment = {
-        "PATH": os.defpath,
-        "LANG": "C.UTF-8",
-        # The order of sets of texts should not change from run to run.
-        "PYTHONHASHSEED": "0",
-        # Numerical libraries start a thread per core otherwise: in every session.
-        "OMP_NUM_THREADS": "1",
-        "OPENBLAS_NUM_THREADS": "1",
-        "MKL_NUM_THREADS": "1",
-    }
-    # Some installations find libpython only with it.
-    if "LD_LIBRARY_PATH" in os.environ:
-        environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
-    return environment
-
-
-def _package_directories() -> list[str]:
-    return list(dict.fromkeys(sysconfig.get_path(name) for name in ("purelib", "platlib")))
+    return process.poll() is not None

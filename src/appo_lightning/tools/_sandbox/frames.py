@@ -11,16 +11,17 @@ import struct
 import time
 from dataclasses import dataclass
 
-READY = 1  # server to trainer: sessions can be forked
+READY = 1  # server to trainer: sessions can be forked; the payload says behind which walls
 REFUSED = 2  # server to trainer: cannot start, the payload says why
 CODE = 3  # trainer to session: run this source text
 OUTPUT = 4  # session to trainer: what was printed
 DONE = 5  # session to trainer: the call is over; the payload is the error line, or empty
+LACKS = 7  # server to trainer: this machine cannot give it namespaces, the payload says why
 ENDED = 6  # server to trainer: the session's process is gone; the payload says how
 
 _HEADER = struct.Struct("!4sBII")  # mark, kind, call number, payload bytes
 _MARK = b"appo"
-_KINDS = frozenset((READY, REFUSED, CODE, OUTPUT, DONE, ENDED))
+_KINDS = frozenset((READY, REFUSED, CODE, OUTPUT, DONE, ENDED, LACKS))
 
 
 class BrokenFrame(Exception):
@@ -36,13 +37,18 @@ class Frame:
     payload: bytes
 
 
+def pack(kind: int, number: int = 0, payload: bytes = b"") -> bytes:
+    """One message as bytes."""
+    return _HEADER.pack(_MARK, kind, number, len(payload)) + payload
+
+
 def send(channel: socket.socket, kind: int, number: int = 0, payload: bytes = b"", flags: int = 0) -> None:
     """Write one message, as one write where the socket buffer allows.
 
     Raises:
         OSError: the other end is gone.
     """
-    message = _HEADER.pack(_MARK, kind, number, len(payload)) + payload
+    message = pack(kind, number, payload)
     if flags:
         channel.send(message, flags)
     else:

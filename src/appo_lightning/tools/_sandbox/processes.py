@@ -1,4 +1,4 @@
-"""Finding and killing processes that policy code started. Linux only; elsewhere nothing is found."""
+"""Ending processes, and closing what they inherit."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 
-_ATTEMPTS = 20  # a process may fork between the listing and its end
+import libc
 
 
 def kill(pid: int) -> None:
@@ -16,42 +16,39 @@ def kill(pid: int) -> None:
             send(pid, signal.SIGKILL)
 
 
-def children_of_this_process() -> list[int]:
-    """Process ids of the direct children, adopted orphans included."""
+def end_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when its parent ends."""
+    if libc.is_available():
+        libc.process_option(libc.PR_SET_PDEATHSIG, signal.SIGKILL)
+    # The parent may have died before the line above.
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def next_dead_child() -> int | None:
+    """A child that ended and is not reaped yet: its number is still taken."""
     try:
-        with open(f"/proc/self/task/{os.getpid()}/children", "rb") as file:
-            return [int(pid) for pid in file.read().split()]
-    except OSError:
-        return []
-
-
-def kill_members_of_session(session_id: int) -> None:
-    """Kill every process of a kernel session except its leader.
-
-    The caller holds the leader as an unreaped child, so that its number cannot have passed to another process.
-    """
-    for _ in range(_ATTEMPTS):
-        members = [pid for pid in _all_processes() if pid != session_id and _session_of(pid) == session_id]
-        if not members:
-            return
-        for pid in members:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, signal.SIGKILL)
-
-
-def _all_processes() -> list[int]:
-    try:
-        return [int(name) for name in os.listdir("/proc") if name.isdigit()]
-    except OSError:
-        return []
-
-
-def _session_of(pid: int) -> int | None:
-    """Kernel session of a living process; None for a zombie or a process that is gone."""
-    try:
-        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
-            # The command name is in brackets and may hold anything; after it: state, parent, group, session.
-            state, _, _, session = file.read().rpartition(")")[2].split()[:4]
-    except (OSError, ValueError):
+        dead = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
         return None
-    return None if state in "ZX" else int(session)
+    return None if dead is None else dead.si_pid
+
+
+def how_it_ended(status: int) -> str:
+    """What ``waitpid`` said, in words."""
+    code = os.waitstatus_to_exitcode(status)
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        return signal.Signals(-code).name
+    except ValueError:
+        return f"signal {-code}"
+
+
+def close_files_from(first: int) -> None:
+    """Close every open file with a number from ``first`` on."""
+    for name in os.listdir("/dev/fd"):
+        if int(name) >= first:
+            # One of them was the listing itself.
+            with contextlib.suppress(OSError):
+                os.close(int(name))

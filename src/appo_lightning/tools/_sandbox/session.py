@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import gc
 import io
+import json
 import os
 import random
 import signal
@@ -20,6 +21,11 @@ from typing import Any, NoReturn
 
 import frames
 import limits as limits_module
+import probe
+import processes
+from limits import Limits
+from probe import Bait
+from walls import Walls, go_behind
 
 _CHANNEL, _OUTPUT = 3, 4  # file numbers beside the three standard ones
 _MAX_CODE_BYTES = 1 << 22
@@ -27,31 +33,55 @@ _MAX_ERROR_CHARS = 1000
 _SOURCE = "<python>"
 
 
-def run(channel_fd: int, directory: str, limits: limits_module.Limits, parent: int) -> NoReturn:
-    """Serve calls until the other end closes the channel; never returns into the server's stack.
+def run(lifeline: socket.socket, directory: str, limits: Limits, walls: Walls, bait: Bait | None) -> NoReturn:
+    """Go behind the walls, wait for a trajectory, serve its calls until the other end closes the channel.
+
+    Never returns into the server's stack.
 
     Args:
-        channel_fd: stream socket to the trainer.
-        directory: made here; the working directory.
+        lifeline: to the server, which sends the channel to the trainer through it.
+        directory: the working directory.
         limits: what the process may use.
-        parent: process id of the fork server.
+        walls: of the server.
+        bait: try the walls on it and say how they held, instead.
     """
-    os.setpgid(0, 0)
     _default_signals()
-    os.mkdir(directory, 0o700)
     os.chdir(directory)
     _private_environment(directory)
-    _private_files(channel_fd)
-    limits_module.confine(limits, parent)
+    _private_files(lifeline.detach())
+    go_behind(walls, limits, directory)
+    lifeline = socket.socket(fileno=_CHANNEL)
+    if bait is not None:
+        lifeline.sendall(json.dumps(probe.attempt(bait, limits.processes)).encode() + b"\n")
+        os._exit(0)
     _same_random_numbers_in_every_session()
+    output = _BoundedOutput(limits.output_bytes)
+    _rehearse(output)
     gc.enable()
-    _serve(socket.socket(fileno=_CHANNEL), limits)
+    _serve(_channel(lifeline), limits, output)
 
 
-def _serve(channel: socket.socket, limits: limits_module.Limits) -> NoReturn:
+def _channel(lifeline: socket.socket) -> socket.socket:
+    """Wait for the channel; it takes the place of the lifeline, which policy code must not find."""
+    _, channels, _, _ = socket.recv_fds(lifeline, 1, 1)
+    if not channels:
+        os._exit(0)
+    os.dup2(channels[0], _CHANNEL, inheritable=False)
+    os.close(channels[0])
+    lifeline.detach()
+    return socket.socket(fileno=_CHANNEL)
+
+
+def _rehearse(output: _BoundedOutput) -> None:
+    # The first call of a forked process copies the memory that it touches: better now than while somebody waits.
+    output.start()
+    _evaluate(b"print(end=''); None", {})
+    output.take()
+
+
+def _serve(channel: socket.socket, limits: Limits, output: _BoundedOutput) -> NoReturn:
     this_process = os.getpid()
     scope = _fresh_main()
-    output = _BoundedOutput(limits.output_bytes)
     while True:
         try:
             request = frames.receive(channel, _MAX_CODE_BYTES)
@@ -168,21 +198,17 @@ def _private_environment(directory: str) -> None:
     tempfile.tempdir = None
 
 
-def _private_files(channel_fd: int) -> None:
-    """Leave open: nothing to read, one file for all output, the channel. The server's files are closed."""
+def _private_files(lifeline_fd: int) -> None:
+    """Leave open: nothing to read, one file for all output, the lifeline. The server's files are closed."""
     output_fd = _unnamed_file()
     # Appending: after the file is emptied, the next write starts at its beginning.
     fcntl.fcntl(output_fd, fcntl.F_SETFL, fcntl.fcntl(output_fd, fcntl.F_GETFL) | os.O_APPEND)
-    high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 16) for fd in (channel_fd, output_fd)]
+    high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 16) for fd in (lifeline_fd, output_fd)]
     os.dup2(high[0], _CHANNEL, inheritable=False)
     os.dup2(high[1], _OUTPUT, inheritable=False)
     os.dup2(high[1], 1)
     os.dup2(high[1], 2)
-    for name in os.listdir("/dev/fd"):
-        if int(name) > _OUTPUT:
-            # One of them was the listing itself.
-            with contextlib.suppress(OSError):
-                os.close(int(name))
+    processes.close_files_from(_OUTPUT + 1)
 
 
 def _unnamed_file() -> int:
