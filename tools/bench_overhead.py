@@ -5,8 +5,8 @@
 Two settings: the quick start, and responses of 1,000 tokens by a random policy that never ends its turn. Each runs in a
 process of its own. Functions of the package, of Lightning and of torch are wrapped, so that every moment of the main
 thread belongs to exactly one row: that of the innermost wrapped function that is running. What no row claims is
-Lightning's. A weight push and the checks after it claim all that happens inside them. The clock starts after whole phases that
-warm up, and runs for whole phases.
+Lightning's. A weight push and the checks after it claim all that happens inside them. The clock starts after whole
+phases that warm up, and runs for whole phases.
 """
 
 from __future__ import annotations
