@@ -35,6 +35,10 @@ class NonFiniteLossError(AppoError, ArithmeticError):
     """The loss or its gradient is NaN or infinite."""
 
 
+class ToolBroken(AppoError, RuntimeError):
+    """A tool cannot answer any call; the run stops rather than train on failures."""
+
+
 class ToolFailure(Exception):
     """A tool could not answer; becomes a readable tool result, never a crash.
 

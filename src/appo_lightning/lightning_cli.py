@@ -33,6 +33,7 @@ from appo_lightning.callbacks import (
     RolloutWriter,
     SamplerWeightSync,
     ToolCallEfficiency,
+    Tripwires,
 )
 from appo_lightning.cli_parser import ShortErrorParser
 from appo_lightning.datamodule import RolloutDataModule
@@ -122,6 +123,7 @@ class AppoCLI(LightningCLI):
             parser.add_lightning_class_args(ProcedureAdvantageScaling, "advantage")
             parser.add_lightning_class_args(SamplerWeightSync, "sync")
             parser.add_lightning_class_args(RolloutStatistics, "rollout_statistics")
+            parser.add_lightning_class_args(Tripwires, "tripwires")
             parser.add_lightning_class_args(EvaluationReport, "report")
             parser.add_lightning_class_args(RolloutWriter, "predictions")
 
@@ -263,7 +265,14 @@ def _remove_run(output: Path, checkpoints: Path) -> None:
     """Remove what an earlier run of ours wrote, and nothing else."""
     if not torch.distributed.is_initialized() and int(os.environ.get("LOCAL_RANK", "0")) != 0:
         return
-    for pattern in ("events.out.tfevents.*", "hparams.yaml", "config.yaml", "validation*.*", "failed_step_*.jsonl"):
+    for pattern in (
+        "events.out.tfevents.*",
+        "hparams.yaml",
+        "config.yaml",
+        "validation*.*",
+        "failed_step_*.jsonl",
+        "tripwires*.jsonl",
+    ):
         for path in output.glob(pattern):
             path.unlink()
     for path in checkpoints.glob("*.ckpt"):

@@ -20,6 +20,8 @@ class MetricSums:
     def __init__(self) -> None:
         self._sums: dict[str, tuple[float, float]] = {}
         self._samples: dict[str, list[float]] = {}
+        self._ranked: dict[str, list[float]] = {}
+        self._differences: dict[str, tuple[str, str]] = {}
 
     def add(self, name: str, values: Values, *, histogram: bool = False) -> None:
         """Add values to the mean called ``name``; no values leave no trace.
@@ -47,6 +49,15 @@ class MetricSums:
         old_total, old_count = self._sums.get(name, (0.0, 0.0))
         self._sums[name] = (old_total + total, old_count + count)
 
+    def add_percentiles(self, name: str, values: Iterable[float]) -> None:
+        """Add values to the percentiles ``name_p50`` and ``name_p95``; no values leave no trace."""
+        if values := list(values):
+            self._ranked.setdefault(name, []).extend(values)
+
+    def add_difference(self, name: str, first: str, second: str) -> None:
+        """Report the mean called ``first`` minus that called ``second``, where both exist on any rank."""
+        self._differences[name] = (first, second)
+
     def add_all(self, values: Mapping[str, float]) -> None:
         """Add one value to each name."""
         for name, value in values.items():
@@ -55,16 +66,37 @@ class MetricSums:
     def gathered(self) -> MetricSums:
         """The sums of all ranks, on every rank. Collective."""
         merged = MetricSums()
-        for sums, samples in of_all_ranks((self._sums, self._samples)):
-            for name, (total, count) in sums.items():
+        for part in of_all_ranks(self._parts()):
+            for name, (total, count) in part["sums"].items():
                 merged.add_sum(name, total, count)
-            for name, values in samples.items():
+            for name, values in part["samples"].items():
                 merged._samples.setdefault(name, []).extend(values)
+            for name, values in part["ranked"].items():
+                merged.add_percentiles(name, values)
+            merged._differences.update(part["differences"])
         return merged
 
+    def _parts(self) -> dict[str, Any]:
+        """What one rank tells the others."""
+        return {
+            "sums": self._sums,
+            "samples": self._samples,
+            "ranked": self._ranked,
+            "differences": self._differences,
+        }
+
     def means(self) -> dict[str, float]:
-        """Mean by name."""
-        return {name: total / count for name, (total, count) in self._sums.items() if count}
+        """Mean, percentile or difference by name."""
+        means = {name: total / count for name, (total, count) in self._sums.items() if count}
+        for name, values in self._ranked.items():
+            quantiles = torch.tensor(values, dtype=torch.float64).quantile(
+                torch.tensor([0.5, 0.95], dtype=torch.float64)
+            )
+            means |= {f"{name}_p50": float(quantiles[0]), f"{name}_p95": float(quantiles[1])}
+        for name, (first, second) in self._differences.items():
+            if first in means and second in means:
+                means[name] = means[first] - means[second]
+        return means
 
     def count(self, name: str) -> float:
         """Number of values behind a mean."""

@@ -13,7 +13,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 QUICKSTART = CONFIGS / "quickstart" / "appo.yaml"
 # Overlays change a few keys of a whole config; the others stand alone.
 WHOLE = sorted({*CONFIGS.glob("quickstart/*.yaml"), *CONFIGS.glob("data/*.yaml"), *CONFIGS.glob("experiment/*.yaml")})
-OVERLAYS = sorted({*CONFIGS.glob("algorithm/*.yaml"), *CONFIGS.glob("trainer/*.yaml")})
+OVERLAYS = sorted(path for name in ("algorithm", "tools", "trainer") for path in CONFIGS.glob(f"{name}/*.yaml"))
 
 
 def _parse(*configs: Path) -> dict:

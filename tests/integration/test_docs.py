@@ -18,6 +18,7 @@ from appo_lightning.lightning_cli import find_stage
 from appo_lightning.rewards.base import Reward, Score
 from appo_lightning.tasks.demonstrations import LABELS
 from appo_lightning.tasks.lookup import create, create_tiny_policy
+from appo_lightning.tools.base import StatelessTool
 from appo_lightning.types import StopReason, ToolError
 from helpers.parsed import ParsedOnly
 
@@ -268,6 +269,7 @@ def test_examples_train_together(tiny, tmp_path, monkeypatch):
     config = ["--config", str(QUICKSTART), "--config", str(EXAMPLES / "dates.yaml")]
     few = ("--data.prompts_per_phase", "2", "--data.prompts_per_mini_batch", "2", "--trainer.max_steps", "1")
     more = ("--data.sampler", "TransformersSampler", "--data.tools+=notes_tool.NotesTool")
+    more += ("--data.tools+=FunctionTool", "--data.tools.function=convert_tool.convert")
     policy = tmp_path / "sft" / "exported"
     assert main(["fit", *config, *_quick(policy, tmp_path / "appo"), *few, *more]) == 0
     assert "How many days" in (tmp_path / "appo" / "rollout_sample.txt").read_text()
@@ -284,10 +286,22 @@ class EveryOther(Reward):
         return Score(float(right), success=right, parts={"evenness": float(right)})
 
 
+class Counting(StatelessTool):
+    """Counts like a tool with a cache and a network."""
+
+    name = "counting"
+
+    def run(self, argument, task):
+        return argument
+
+    def take_counts(self):
+        return {"lookups": 2, "hits": 1, "retries": 1}
+
+
 VALUES = {
     "<part>": ("evenness",),
     "<reason>": get_args(StopReason),
-    "<tool>": ("search", "python"),
+    "<tool>": ("search", "python", "counting"),
     "<error>": get_args(ToolError),
     "<label>": LABELS,
 }
@@ -304,7 +318,7 @@ def _meant(name: str) -> set[str]:
     """The names that a name with a placeholder stands for."""
     for placeholder, values in VALUES.items():
         if placeholder in name:
-            return {name.replace(placeholder, value) for value in values}
+            return {meant for value in values for meant in _meant(name.replace(placeholder, value))}
     return {name}
 
 
@@ -316,7 +330,7 @@ def logged(tiny, tmp_path_factory) -> dict[str, set[str]]:
         *("--config", str(QUICKSTART), *_quick(tiny, folder / "appo"), "--data.sampler", "TransformersSampler"),
         *("--data.reward", "test_docs.EveryOther", "--data.validation.init_args.size", "32"),
         *("--data.prompts_per_phase", "8", "--data.prompts_per_mini_batch", "8", "--trainer.max_steps", "2"),
-        *("--data.branching.max_refills", "1"),
+        *("--data.branching.max_refills", "1", "--data.tools+=test_docs.Counting"),
         *("--data.rollout.patience_s", "60"),
         *("--model.loss.kl", "k3", "--model.loss.kl_coefficient", "0.01", "--trainer.val_check_interval", "2"),
     ]

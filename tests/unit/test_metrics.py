@@ -63,19 +63,34 @@ def test_ranks_are_weighted_by_what_they_hold(monkeypatch):
     other = MetricSums()
     other.add("m", [5.0, 5.0, 5.0], histogram=True)
     other.add("only there", 2.0)
+    other.add_percentiles("s", [3.0, 4.0, 5.0])
+    other.add_difference("m minus there", "m", "only there")
     dist = SimpleNamespace(
         is_available=lambda: True,
         is_initialized=lambda: True,
         get_world_size=lambda: 2,
-        all_gather_object=lambda parts, own: parts.__setitem__(slice(None), [own, (other._sums, other._samples)]),
+        all_gather_object=lambda parts, own: parts.__setitem__(slice(None), [own, other._parts()]),
     )
     monkeypatch.setattr(module.torch, "distributed", dist)
     own = MetricSums()
     own.add("m", 1.0, histogram=True)
+    own.add_percentiles("s", [1.0, 2.0])
     merged = own.gathered()
-    assert merged.means() == {"m": 4.0, "only there": 2.0}
+    # 95 % of the way from the first to the fifth of 1, 2, 3, 4, 5.
+    percentiles = {"s_p50": 3.0, "s_p95": pytest.approx(4.8)}
+    assert merged.means() == {"m": 4.0, "only there": 2.0, "m minus there": 2.0, **percentiles}
     assert merged.count("m") == 4
     assert merged.samples() == {"m": [1.0, 5.0, 5.0, 5.0]}
+
+
+def test_percentiles_and_differences_need_values():
+    metrics = MetricSums()
+    metrics.add_percentiles("s", [])
+    metrics.add("a", 1.0)
+    metrics.add_difference("a minus b", "a", "b")
+    assert metrics.means() == {"a": 1.0}
+    metrics.add_percentiles("s", [7.0])
+    assert metrics.means() == {"a": 1.0, "s_p50": 7.0, "s_p95": 7.0}
 
 
 @pytest.mark.parametrize("zero", [True, False])

@@ -6,6 +6,7 @@ from appo_lightning.callbacks.progress import RolloutProgressBar
 from appo_lightning.callbacks.resume import AtomicCheckpointIO, GracefulStop, RandomState
 from appo_lightning.callbacks.statistics import BranchStatistics, CreditStatistics, RolloutStatistics
 from appo_lightning.callbacks.tool_efficiency import ToolCallEfficiency
+from appo_lightning.callbacks.tripwires import Tripwires
 from appo_lightning.callbacks.weight_sync import SamplerWeightSync
 
 __all__ = [
@@ -22,4 +23,5 @@ __all__ = [
     "RolloutWriter",
     "SamplerWeightSync",
     "ToolCallEfficiency",
+    "Tripwires",
 ]

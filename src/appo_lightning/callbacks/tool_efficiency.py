@@ -10,11 +10,12 @@ import lightning as L
 from appo_lightning.batching import ProcedureBatch
 from appo_lightning.datamodule import EvaluationBatch, RolloutDataModule
 from appo_lightning.metrics import MetricSums, log_metrics
+from appo_lightning.tools.base import Tool
 from appo_lightning.types import ToolError, Trajectory
 
 
 class ToolCallEfficiency(L.Callback):
-    """Tool calls per trajectory and per tool, failures by kind, seconds, calls per success."""
+    """Of all tools and of each: calls, failures by kind, seconds, and what they have to do with success."""
 
     def __init__(self) -> None:
         self._evaluation = MetricSums()
@@ -30,17 +31,20 @@ class ToolCallEfficiency(L.Callback):
         metrics = MetricSums()
         roots = [root for tree in batch.trees for root in tree.roots]
         add_tool_metrics(metrics, roots, _tool_names(trainer), prefix="tools")
+        _add_counts(metrics, trainer, prefix="tools")
         log_metrics(trainer, metrics)
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: EvaluationBatch, *args: Any
     ) -> None:
         add_tool_metrics(self._evaluation, batch.trajectories, _tool_names(trainer), prefix="val_tools")
+        _add_counts(self._evaluation, trainer, prefix="val_tools")
 
     def on_test_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: EvaluationBatch, *args: Any
     ) -> None:
         add_tool_metrics(self._evaluation, batch.trajectories, _tool_names(trainer), prefix="test_tools")
+        _add_counts(self._evaluation, trainer, prefix="test_tools")
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         metrics, self._evaluation = self._evaluation, MetricSums()
@@ -50,9 +54,23 @@ class ToolCallEfficiency(L.Callback):
         self.on_validation_epoch_end(trainer, pl_module)
 
 
-def _tool_names(trainer: L.Trainer) -> list[str]:
+def _tools(trainer: L.Trainer) -> list[Tool]:
     data: RolloutDataModule = trainer.datamodule  # type: ignore[attr-defined]
-    return [tool.name for tool in data.tools]
+    return data.tools
+
+
+def _tool_names(trainer: L.Trainer) -> list[str]:
+    return [tool.name for tool in _tools(trainer)]
+
+
+def _add_counts(metrics: MetricSums, trainer: L.Trainer, *, prefix: str) -> None:
+    """Add what the tools themselves counted since the last time: calls of branches, too."""
+    for tool in _tools(trainer):
+        counts = tool.take_counts()
+        if "hits" in counts:
+            metrics.add_sum(f"{prefix}/{tool.name}_cache_hit_rate", counts["hits"], counts["lookups"])
+        if "retries" in counts:
+            metrics.add_sum(f"{prefix}/{tool.name}_retries_per_call", counts["retries"], counts["lookups"])
 
 
 def add_tool_metrics(
@@ -72,10 +90,7 @@ def add_tool_metrics(
     metrics.add(f"{prefix}/failure_rate", [float(not call.succeeded) for call in calls])
     metrics.add(f"{prefix}/seconds_per_call", [call.seconds for call in calls])
     for name in names:
-        own = [call for call in calls if call.name == name]
-        metrics.add_sum(f"{prefix}/{name}_calls_per_trajectory", len(own), len(trajectories))
-        metrics.add(f"{prefix}/{name}_failure_rate", [float(not call.succeeded) for call in own])
-        metrics.add(f"{prefix}/{name}_seconds_per_call", [call.seconds for call in own])
+        _add_one_tool(metrics, trajectories, name, prefix=f"{prefix}/{name}")
     for error in get_args(ToolError):
         metrics.add(f"{prefix}/error_{error}_rate", [float(call.error == error) for call in calls])
     successes = sum(bool(trajectory.success) for trajectory in trajectories)
@@ -83,3 +98,24 @@ def add_tool_metrics(
     for outcome, name in ((True, "successes"), (False, "failures")):
         group = [len(t.tool_calls) for t in trajectories if t.success is outcome]
         metrics.add(f"{prefix}/calls_in_{name}", group)
+
+
+def _add_one_tool(metrics: MetricSums, trajectories: Sequence[Trajectory], name: str, *, prefix: str) -> None:
+    calls = [call for trajectory in trajectories for call in trajectory.tool_calls if call.name == name]
+    metrics.add_sum(f"{prefix}_calls_per_trajectory", len(calls), len(trajectories))
+    metrics.add(f"{prefix}_failure_rate", [float(not call.succeeded) for call in calls])
+    for error in get_args(ToolError):
+        metrics.add(f"{prefix}_error_{error}_rate", [float(call.error == error) for call in calls])
+    metrics.add(f"{prefix}_result_tokens", [call.output_stop - call.output_start for call in calls])
+    metrics.add(f"{prefix}_seconds_per_call", [call.seconds for call in calls])
+    # A call that was refused never reached the tool: it says nothing about how long that takes.
+    metrics.add_percentiles(f"{prefix}_seconds", [c.seconds for c in calls if c.error not in ("limit", "malformed")])
+    metrics.add_sum(f"{prefix}_calls_per_success", len(calls), sum(bool(t.success) for t in trajectories))
+    for used, group in ((True, "with"), (False, "without")):
+        outcomes = [
+            float(t.success)
+            for t in trajectories
+            if t.success is not None and any(call.name == name for call in t.tool_calls) is used
+        ]
+        metrics.add(f"{prefix}_success_{group}", outcomes)
+    metrics.add_difference(f"{prefix}_success_gain", f"{prefix}_success_with", f"{prefix}_success_without")

@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from appo_lightning.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from appo_lightning.types import Task
+
+
+_NAME = re.compile(r"[A-Za-z][\w-]*")
+_RESERVED_NAMES = ("think", "result", "answer")
+
+
+def check_tool_name(name: str) -> str:
+    """The name, if it can be a tag.
+
+    Raises:
+        ConfigurationError: it cannot.
+    """
+    if not _NAME.fullmatch(name) or name in _RESERVED_NAMES:
+        raise ConfigurationError(
+            f"a tool's name is its tag: expected letters, digits, _ and -, and none of {', '.join(_RESERVED_NAMES)}, "
+            f"got {name!r}; set name"
+        )
+    return name
 
 
 class ToolSession(ABC):
@@ -40,12 +61,15 @@ class Tool(ABC):
         description: one sentence for whoever writes the prompt; the package never changes a prompt.
         timeout_s: wall-clock limit of one call, seconds.
         stateful: sessions remember earlier calls; a branch then replays the calls of its prefix.
+        parameters: JSON schema of the arguments where a call carries several, as one JSON object between the tags;
+            None where the text between the tags is the one argument.
     """
 
     name: str
     description: str = ""
     timeout_s: float = 10.0
     stateful: bool = False
+    parameters: dict[str, Any] | None = None
 
     @abstractmethod
     def open(self, task: Task) -> ToolSession:
@@ -54,6 +78,10 @@ class Tool(ABC):
         Must be cheap: it is called for every trajectory that uses the tool, and once more at the start of a run, so
         that a server behind it starts outside the time of a call.
         """
+
+    def take_counts(self) -> dict[str, int]:
+        """What happened since the last time, for metrics: ``lookups`` and ``hits`` of a cache, ``retries``."""
+        return {}
 
     def close(self) -> None:
         """Release shared resources at the end of the run. Safe to call twice."""

@@ -6,13 +6,14 @@ import json
 import logging
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from appo_lightning.errors import DataError
+from appo_lightning.tools._ranking import Postings
 
 _WORD = re.compile(r"\w+")
 _PAGE = re.compile(r"(?:^|\n)Page \d+: ")
@@ -33,14 +34,22 @@ class Corpus:
         b: how much long documents are penalised, in [0, 1].
     """
 
+    _word_id: Callable[[str], int | None]
+
     def __init__(self, documents: Sequence[str], *, k1: float, b: float) -> None:
-        self.documents = list(documents)
         vocabulary: dict[str, int] = {}
+        self.documents: Sequence[str] = list(documents)
         token_ids = [
             [vocabulary.setdefault(word, len(vocabulary)) for word in words_of(text)] for text in self.documents
         ]
-        # Without a single word there is nothing to index, and bm25s would divide by the mean length, zero.
-        self._index = _bm25_index(token_ids, vocabulary, k1=k1, b=b) if vocabulary else None
+        self._postings, self._word_id = bm25_postings(token_ids, vocabulary, k1=k1, b=b), vocabulary.get
+
+    @classmethod
+    def of_postings(cls, documents: Sequence[str], postings: Postings, word_id: Callable[[str], int | None]) -> Corpus:
+        """A corpus whose index exists."""
+        corpus = cls.__new__(cls)
+        corpus.documents, corpus._postings, corpus._word_id = documents, postings, word_id
+        return corpus
 
     def __len__(self) -> int:
         return len(self.documents)
@@ -51,13 +60,8 @@ class Corpus:
         A document that shares no word with the query is never returned.
         """
         # A set of words: saying a word twice does not make it matter twice.
-        words = list(dict.fromkeys(words_of(query)))
-        if self._index is None or not words:
-            return []
-        scores = self._index.get_scores(words)
-        (matching,) = np.nonzero(scores)
-        best_first = np.argsort(-scores[matching], kind="stable")
-        return matching[best_first[:top_k]].tolist()
+        ids = [self._word_id(word) for word in dict.fromkeys(words_of(query))]
+        return self._postings.top([word for word in ids if word is not None], top_k)
 
 
 def words_of(text: str) -> list[str]:
@@ -68,29 +72,52 @@ def words_of(text: str) -> list[str]:
     return _WORD.findall(text.casefold())
 
 
-def read_documents(path: Path, *, text_field: str, title_field: str) -> list[str]:
-    """Read one document per JSONL line: ``"title: text"``, or the text alone where there is no title.
+def read_documents(path: Path, *, text_field: str, title_field: str) -> Iterator[str]:
+    """Read documents one by one: ``"title: text"``, or the text alone where there is no title.
+
+    Args:
+        path: JSONL with one object per line, or Parquet.
+        text_field: name of the text.
+        title_field: name of an optional title.
 
     Raises:
         DataError: the file is missing, a line is not a JSON object with text, or no line is left.
     """
-    documents = []
+    found = False
+    for where, record in _parquet_rows(path) if path.suffix == ".parquet" else _json_lines(path):
+        text, title = record.get(text_field), record.get(title_field)
+        if not isinstance(text, str):
+            raise DataError(
+                f"{where}: expected the document under {text_field!r}, found the fields {sorted(record)}; "
+                "set text_field"
+            )
+        found = True
+        yield f"{title}: {text}" if title else text
+    if not found:
+        raise DataError(f"{path}: expected one JSON document per line, found none; give a corpus that is not empty")
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     with _open_text(path) as lines:
         for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            record = _parse_json(line, f"{path}, line {number}")
-            text = record.get(text_field)
-            if not isinstance(text, str):
-                raise DataError(
-                    f"{path}, line {number}: expected the document under {text_field!r}, found the fields "
-                    f"{sorted(record)}; set text_field"
-                )
-            title = record.get(title_field)
-            documents.append(f"{title}: {text}" if title else text)
-    if not documents:
-        raise DataError(f"{path}: expected one JSON document per line, found none; give a corpus that is not empty")
-    return documents
+            if line.strip():
+                where = f"{path}, line {number}"
+                yield where, _parse_json(line, where)
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            number = 0
+            for batch in file.iter_batches():
+                for record in batch.to_pylist():
+                    number += 1
+                    yield f"{path}, row {number}", record
+    except (OSError, pa.ArrowInvalid) as error:
+        raise DataError(f"{path}: expected a Parquet file, found: {error}") from error
 
 
 def read_search_cache(path: Path) -> tuple[dict[str, str], list[str]]:
@@ -137,7 +164,19 @@ def normalise_query(query: str) -> str:
     return key.removeprefix(_QUERY_PREFIX).strip(" \"'.?!")
 
 
-def _bm25_index(token_ids: list[list[int]], vocabulary: dict[str, int], *, k1: float, b: float) -> Any:
+def bm25_postings(token_ids: Sequence[Sequence[int]], vocabulary: dict[str, int], *, k1: float, b: float) -> Postings:
+    """The BM25 scores of every word in every document, computed by bm25s.
+
+    Args:
+        token_ids: words of each document.
+        vocabulary: every word's id.
+        k1: see ``Corpus``.
+        b: see ``Corpus``.
+    """
+    if not vocabulary:
+        # Without a single word there is nothing to index, and bm25s would divide by the mean length, zero.
+        nothing = np.empty(0, dtype=np.float32)
+        return Postings(np.empty(0, dtype=np.int32), nothing, np.zeros(1, dtype=np.int64), len(token_ids), nothing)
     # Imported here: a run without search, and every --help, should not pay for it.
     import bm25s
 
@@ -145,7 +184,8 @@ def _bm25_index(token_ids: list[list[int]], vocabulary: dict[str, int], *, k1: f
     logging.getLogger("bm25s").setLevel(logging.WARNING)
     index = bm25s.BM25(k1=k1, b=b, method="lucene", backend="numpy", csc_backend="numpy")
     index.index((token_ids, vocabulary), create_empty_token=False, show_progress=False)
-    return index
+    scores = index.scores
+    return Postings(scores["indices"], scores["data"], scores["indptr"], len(token_ids))
 
 
 def _open_text(path: Path) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from appo_lightning.errors import ConfigurationError, DataError
+from appo_lightning.tools._corpus_index import build_bm25, build_once, facts_of_file, index_name, load_bm25
 from appo_lightning.tools.base import StatelessTool, ToolSession
 from appo_lightning.tools.corpus import Corpus, join_pages, normalise_query, read_documents, read_search_cache
 
@@ -24,15 +25,18 @@ class SearchTool(StatelessTool):
     ``corpus``. No match gives an empty result.
 
     Args:
-        corpus: a ``.jsonl`` file with one document per line, or a ``.json`` file of recorded web searches
-            ``{query: "Page 1: ... Page 2: ..."}``. A recorded query gets its recorded answer, unchanged; any other
-            query is ranked over all recorded snippets. Read into memory at the first search.
+        corpus: a ``.jsonl`` or ``.parquet`` file with one document per line or row, or a ``.json`` file of recorded web
+            searches ``{query: "Page 1: ... Page 2: ..."}``. A recorded query gets its recorded answer, unchanged; any
+            other query is ranked over all recorded snippets.
+        index_dir: directory for the index of a ``.jsonl`` or ``.parquet`` corpus. It is built there once, and again
+            after the corpus has changed; all processes of a machine then map the same files. null: each process reads
+            the corpus into its memory when a run starts.
         top_k: documents per result. One is shown as it is, several as ``Page 1: ...``, ``Page 2: ...``.
         max_chars: longest text shown of one ranked document, characters.
         k1: BM25, how slowly repeated words stop counting, >= 0.
         b: BM25, how much long documents are penalised, in [0, 1].
-        text_field: JSONL field that holds the text.
-        title_field: JSONL field that holds an optional title.
+        text_field: field that holds the text.
+        title_field: field that holds an optional title.
 
     Raises:
         DataError: the corpus is missing or of an unknown kind; at a session's start also: it cannot be read, or
@@ -54,6 +58,7 @@ class SearchTool(StatelessTool):
         b: float = 0.75,
         text_field: str = "text",
         title_field: str = "title",
+        index_dir: str | None = None,
     ) -> None:
         if top_k < 1:
             raise ConfigurationError(f"top_k must be at least 1, got {top_k}")
@@ -65,8 +70,13 @@ class SearchTool(StatelessTool):
         self.top_k, self.max_chars = top_k, max_chars
         self.k1, self.b = k1, b
         self.text_field, self.title_field = text_field, title_field
+        self.index_dir = index_dir
         if corpus is not None:
-            _check_corpus_path(Path(corpus))
+            check_corpus_path(Path(corpus))
+        if index_dir is not None and (corpus is None or corpus.endswith(".json")):
+            raise ConfigurationError(
+                f"index_dir has no effect with corpus = {corpus!r}: it is for a .jsonl or .parquet file"
+            )
         self._start_empty()
 
     def open(self, task: Task) -> ToolSession:
@@ -78,7 +88,7 @@ class SearchTool(StatelessTool):
         recorded = answers.get(normalise_query(argument))
         if recorded is not None:
             return recorded
-        found = [_shorten(corpus.documents[row], self.max_chars) for row in corpus.rank(argument, self.top_k)]
+        found = [shorten(corpus.documents[row], self.max_chars) for row in corpus.rank(argument, self.top_k)]
         return join_pages(found) if self.top_k > 1 else "".join(found)
 
     def _corpus_of(self, task: Task) -> tuple[Corpus, dict[str, str]]:
@@ -96,13 +106,20 @@ class SearchTool(StatelessTool):
         # One reader at a time: the other threads wait for the same file anyway.
         with self._lock:
             if self._shared is None:
-                path, answers = Path(corpus), dict[str, str]()
-                if path.suffix == ".json":
-                    answers, documents = read_search_cache(path)
-                else:
-                    documents = read_documents(path, text_field=self.text_field, title_field=self.title_field)
-                self._shared = Corpus(documents, k1=self.k1, b=self.b), answers
+                self._shared = self._read(Path(corpus))
             return self._shared
+
+    def _read(self, path: Path) -> tuple[Corpus, dict[str, str]]:
+        if path.suffix == ".json":
+            answers, snippets = read_search_cache(path)
+            return Corpus(snippets, k1=self.k1, b=self.b), answers
+        documents = read_documents(path, text_field=self.text_field, title_field=self.title_field)
+        if self.index_dir is None:
+            return Corpus(list(documents), k1=self.k1, b=self.b), {}
+        name = index_name("bm25", *facts_of_file(path), self.k1, self.b, self.text_field, self.title_field)
+        directory = Path(self.index_dir) / name
+        build_once(directory, lambda place: build_bm25(place, documents, k1=self.k1, b=self.b))
+        return load_bm25(directory), {}
 
     def _episode_corpus(self, task_id: str, documents: Any) -> Corpus:
         # Built inside the lock: the trajectories of one task start together and should share one index.
@@ -130,10 +147,11 @@ class SearchTool(StatelessTool):
         self._start_empty()
 
 
-def _check_corpus_path(path: Path) -> None:
-    if path.suffix not in (".jsonl", ".json"):
+def check_corpus_path(path: Path) -> None:
+    """Refuse what cannot be a corpus."""
+    if path.suffix not in (".jsonl", ".parquet", ".json"):
         raise DataError(
-            f"corpus must end in .jsonl (one document per line) or .json (recorded searches), got {str(path)!r}"
+            f"corpus must end in .jsonl or .parquet (documents) or .json (recorded searches), got {str(path)!r}"
         )
     if not path.is_file():
         raise DataError(f"expected a corpus at {path}, found no file; correct the path")
@@ -145,7 +163,8 @@ def _checked_documents(documents: Any, task_id: str) -> list[str]:
     return list(documents)
 
 
-def _shorten(text: str, max_chars: int) -> str:
+def shorten(text: str, max_chars: int) -> str:
+    """The beginning of a long text, cut between words where that is near."""
     if len(text) <= max_chars:
         return text
     # Cut between words unless the last one is very long.

@@ -1,0 +1,158 @@
+"""Signs that a policy plays with its tools or its reward, or that a page plays with the policy."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import lightning as L
+
+from appo_lightning.batching import ProcedureBatch
+from appo_lightning.datamodule import RolloutDataModule
+from appo_lightning.errors import ConfigurationError
+from appo_lightning.metrics import MetricSums, log_metrics
+from appo_lightning.rollout.parsing import CONTROL_TAGS
+from appo_lightning.rollout.serialise import trajectory_to_dict
+from appo_lightning.types import RolloutTree, Trajectory
+
+Wire = Literal["control_tags", "empty_calls", "repeated_calls", "tool_spam", "form_alone"]
+
+
+@dataclass
+class AlarmRates:
+    """Shares of rollouts above which a tripwire warns.
+
+    Args:
+        control_tags: a tool result held a tag or special token, which was broken up before the policy read it.
+        empty_calls: a call without an argument.
+        repeated_calls: a call with the same argument as an earlier one of the same rollout.
+        tool_spam: a call beyond ``data.rollout.max_tool_calls``.
+        form_alone: a reward above ``reward_above`` without success and without a part of substance.
+    """
+
+    control_tags: float = 0.02
+    empty_calls: float = 0.2
+    repeated_calls: float = 0.5
+    tool_spam: float = 0.5
+    form_alone: float = 0.2
+
+
+class Tripwires(L.Callback):
+    """Counts suspicious rollouts, warns when there are many, and keeps some of them to look at.
+
+    ``tripwires.jsonl`` in the log directory gets a line per kept rollout; each further process adds its rank to the
+    name.
+
+    Args:
+        alarms: shares of the rollouts of a mini-batch, branches too, above which it warns.
+        keep: rollouts kept for each tripwire, per process; 0 keeps none.
+        reward_above: ``form_alone``: a larger reward is suspicious without success.
+        form_parts: ``form_alone``: parts of the reward that only say how a response looks. Where another part is above
+            0, a reward was earned by more than form.
+    """
+
+    def __init__(
+        self,
+        alarms: AlarmRates = AlarmRates(),  # noqa: B008  # jsonargparse shows it; never mutated
+        keep: int = 20,
+        reward_above: float = 0.0,
+        form_parts: Sequence[str] = ("format", "tool_bonus"),
+    ) -> None:
+        for wire in get_args(Wire):
+            if not 0 <= getattr(alarms, wire) <= 1:
+                raise ConfigurationError(f"tripwires.alarms.{wire} must be in [0, 1], got {getattr(alarms, wire)}")
+        if keep < 0:
+            raise ConfigurationError(f"tripwires.keep must be at least 0, got {keep}")
+        self.alarms, self.keep, self.reward_above = alarms, keep, reward_above
+        self.form_parts = frozenset(form_parts)
+        self._file: Path | None = None
+        self._kept: Counter[str] = Counter()
+        self._ringing: set[str] = set()
+        self._tests: dict[str, Callable[[Trajectory], bool]] = {}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        data: RolloutDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        module: Any = pl_module
+        marks = control_marks([tool.name for tool in data.tools], module.policy.tokenizer)
+        self._tests = {
+            "control_tags": lambda rollout: any(marks.search(call.result) for call in rollout.tool_calls),
+            "empty_calls": has_empty_call,
+            "repeated_calls": has_repeated_call,
+            "tool_spam": lambda rollout: any(call.error == "limit" for call in rollout.tool_calls),
+            "form_alone": lambda rollout: earned_by_form_alone(rollout, self.reward_above, self.form_parts),
+        }
+        directory = trainer.log_dir  # collective
+        if directory is not None:
+            suffix = f".rank{trainer.global_rank}" if trainer.global_rank else ""
+            self._file = Path(directory) / f"tripwires{suffix}.jsonl"
+            if self._file.is_file():  # of the run that this one continues
+                self._kept.update(json.loads(line)["tripwire"] for line in self._file.read_text().splitlines())
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: ProcedureBatch, batch_idx: int
+    ) -> None:
+        metrics = MetricSums()
+        for tree in batch.trees:
+            for rollout in [*tree.roots, *(branch.trajectory for branch in tree.branches)]:
+                for wire, test in self._tests.items():
+                    tripped = test(rollout)
+                    metrics.add_sum(f"tripwire/{wire}", float(tripped), 1.0)
+                    if tripped:
+                        self._keep(wire, tree, rollout, trainer.global_step)
+        means = log_metrics(trainer, metrics)
+        if trainer.is_global_zero:
+            self._ring(means, trainer.global_step)
+
+    def _ring(self, means: dict[str, float], step: int) -> None:
+        """Warn when a rate rises above its threshold, and not again before it has fallen below."""
+        for wire in get_args(Wire):
+            rate, threshold = means.get(f"tripwire/{wire}", 0.0), getattr(self.alarms, wire)
+            if rate <= threshold:
+                self._ringing.discard(wire)
+            elif wire not in self._ringing:
+                self._ringing.add(wire)
+                where = f"; some are in {self._file}" if self._file is not None and self.keep else ""
+                warnings.warn(
+                    f"tripwire {wire}: {rate:.1%} of the rollouts of step {step}, alarm at {threshold:.1%}{where}",
+                    stacklevel=2,
+                )
+
+    def _keep(self, wire: str, tree: RolloutTree, rollout: Trajectory, step: int) -> None:
+        if self._file is None or self._kept[wire] >= self.keep:
+            return
+        self._kept[wire] += 1
+        line = {"tripwire": wire, "step": step, "task": tree.task.id, "references": list(tree.task.references)}
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        with self._file.open("a") as file:
+            file.write(json.dumps(line | trajectory_to_dict(rollout)) + "\n")
+
+
+def control_marks(tools: Sequence[str], tokenizer: Any) -> re.Pattern[str]:
+    """What is left in a result of a tag or special token that was broken up: a space behind its first character."""
+    tags = [f"{slash}{tag}>" for tag in dict.fromkeys([*CONTROL_TAGS, *tools]) for slash in ("", "/")]
+    marks = [f"<{tag}" for tag in tags] + [token for token in tokenizer.all_special_tokens if len(token) > 1]
+    return re.compile("|".join(rf"{re.escape(mark[0])}\s+{re.escape(mark[1:])}" for mark in marks))
+
+
+def has_empty_call(rollout: Trajectory) -> bool:
+    """Whether a call that was answered had no argument."""
+    return any(not call.argument.strip() for call in rollout.tool_calls if call.error not in ("limit", "malformed"))
+
+
+def has_repeated_call(rollout: Trajectory) -> bool:
+    """Whether the same argument went to the same tool twice."""
+    calls = [(call.name, call.argument) for call in rollout.tool_calls if call.error not in ("limit", "malformed")]
+    return len(set(calls)) < len(calls)
+
+
+def earned_by_form_alone(rollout: Trajectory, reward_above: float, form_parts: frozenset[str]) -> bool:
+    """Whether a wrong answer earned more than ``reward_above``, and nothing but its form explains it."""
+    if rollout.success or rollout.reward is None or rollout.reward <= reward_above:
+        return False
+    return all(value <= 0 for name, value in rollout.reward_parts.items() if name not in form_parts)

@@ -1,0 +1,61 @@
+"""Tools that take JSON arguments, called by a policy through the tool loop."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from appo_lightning.rollout.loop import Prefix, RolloutLimits, RolloutLoop
+from appo_lightning.tools.cassette import CassetteTool
+from appo_lightning.tools.function import FunctionTool
+from helpers.scripted import ScriptedSampler, after, make_task, scripted_tokenizer
+from helpers.tiny import EOS
+
+
+def add(a: int, b: int = 1) -> int:
+    """Adds two numbers."""
+    return a + b
+
+
+WRONG_THEN_RIGHT = after(
+    {"?": '<add>{"a": "many"}</add>', "</result>": '<add>{"a": 40, "b": 2}</add>', "42</result>": f"ok{EOS}"}
+)
+
+
+def calls_of(tool):
+    loop = RolloutLoop(ScriptedSampler(WRONG_THEN_RIGHT), [tool], scripted_tokenizer(), RolloutLimits())
+    [rollout] = loop.run([Prefix(make_task(), seed=1)], policy_version=0)
+    return [(call.argument, call.result, call.error) for call in rollout.tool_calls]
+
+
+def check(calls, problem):
+    (first, told, error), right = calls
+    assert (first, error) == ('{"a": "many"}', "malformed")
+    assert told.startswith("malformed: ")
+    assert problem in told
+    assert right == ('{"a": 40, "b": 2}', "42", None)
+
+
+def test_a_policy_reads_what_was_wrong_with_its_call_of_a_function():
+    check(calls_of(FunctionTool(add)), "a: Input should be a valid integer")
+
+
+def test_a_recorded_tool_reads_the_same(tmp_path):
+    path = str(tmp_path / "calls.sqlite")
+    recorded = calls_of(CassetteTool(FunctionTool(add), path))
+    assert calls_of(CassetteTool(FunctionTool(add), path, "replay")) == recorded
+    check(recorded, "a: Input should be a valid integer")
+
+
+def test_a_policy_reads_what_was_wrong_with_its_call_of_an_mcp_server():
+    pytest.importorskip("mcp", reason="an optional extra: pip install 'appo-lightning[mcp]'")
+    from appo_lightning.tools.mcp import MCPServer, MCPTool
+
+    server = Path(__file__).parents[2] / "helpers" / "mcp_server.py"
+    tool = MCPTool(MCPServer(command=(sys.executable, str(server))), "add")
+    try:
+        check(calls_of(tool), "a: 'many' is not of type 'integer'")
+    finally:
+        tool.close()
