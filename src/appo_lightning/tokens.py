@@ -6,7 +6,9 @@ The tool loop does this several times per turn, between two steps of the engine.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,6 +22,26 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     if backend is not None and backend.truncation is None and backend.padding is None:
         return backend.encode(text, add_special_tokens=False).ids
     return list(tokenizer.encode(text, add_special_tokens=False))
+
+
+def encode_pieces(tokenizer: PreTrainedTokenizerBase, pieces: Sequence[str]) -> list[list[int]]:
+    """Token ids of a text that is given in pieces and encoded as a whole.
+
+    A token that lies across two pieces belongs to the one in which it begins. A tokenizer written in Python gives no
+    offsets: each piece is then encoded alone.
+    """
+    backend = _backend(tokenizer)
+    if backend is None:
+        return [encode_text(tokenizer, piece) for piece in pieces]
+    encoded = backend.encode("".join(pieces), add_special_tokens=False)
+    starts = list(accumulate((len(piece) for piece in pieces[:-1]), initial=0))
+    ids: list[list[int]] = [[] for _ in pieces]
+    reached = 0
+    for token, (start, _) in zip(encoded.ids, encoded.offsets, strict=True):
+        # Offsets may leave out a space in front; order is what counts.
+        reached = max(reached, bisect_right(starts, start) - 1)
+        ids[reached].append(token)
+    return ids
 
 
 def decode_tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, skip_special: bool = False) -> str:

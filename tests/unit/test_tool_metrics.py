@@ -14,7 +14,7 @@ from appo_lightning.callbacks.tool_efficiency import add_tool_metrics
 from appo_lightning.callbacks.tripwires import AlarmRates, Tripwires, control_marks, earned_by_form_alone
 from appo_lightning.errors import ConfigurationError
 from appo_lightning.metrics import MetricSums
-from appo_lightning.rollout.parsing import ResultEncoder
+from appo_lightning.rollout.formats.tags import ResultEncoder, TagFormat
 from appo_lightning.types import Branch, BranchPoint, RolloutTree, ToolCall, Trajectory
 from helpers.scripted import make_task, scripted_tokenizer
 
@@ -81,7 +81,9 @@ def test_a_tool_that_everyone_uses_has_no_gain_to_report():
 def a_trainer(directory, rank=0):
     written = []
     return SimpleNamespace(
-        datamodule=SimpleNamespace(tools=[SimpleNamespace(name="search"), SimpleNamespace(name="days")]),
+        datamodule=SimpleNamespace(
+            tools=[SimpleNamespace(name="search"), SimpleNamespace(name="days")], call_format=TagFormat()
+        ),
         log_dir=str(directory),
         global_rank=rank,
         global_step=7,

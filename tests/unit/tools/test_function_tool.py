@@ -118,7 +118,7 @@ def test_a_call_that_does_not_fit_is_told_what_was_wrong(argument, message):
 def test_what_the_function_raises_is_told_to_the_policy():
     pool, session = ToolPool(1), FunctionTool(broken).open(TASK)
     pool.submit("a", lambda: session.call('{"number": 0}'), interrupt=session.interrupt, timeout_s=5)
-    [outcome] = pool.poll(block=True)
+    [outcome] = pool.poll(wait_s=5)
     pool.abandon()
     assert outcome.failure.kind == "error"
     assert outcome.text == "ZeroDivisionError: integer division or modulo by zero"
