@@ -17,9 +17,8 @@ if TYPE_CHECKING:
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of a text, without the special tokens that begin or end a sequence."""
-    backend = _backend(tokenizer)
-    # An earlier caller may have left truncation or padding switched on in there.
-    if backend is not None and backend.truncation is None and backend.padding is None:
+    backend = _unlimited_backend(tokenizer)
+    if backend is not None:
         return backend.encode(text, add_special_tokens=False).ids
     return list(tokenizer.encode(text, add_special_tokens=False))
 
@@ -30,7 +29,7 @@ def encode_pieces(tokenizer: PreTrainedTokenizerBase, pieces: Sequence[str]) -> 
     A token that lies across two pieces belongs to the one in which it begins. A tokenizer written in Python gives no
     offsets: each piece is then encoded alone.
     """
-    backend = _backend(tokenizer)
+    backend = _unlimited_backend(tokenizer)
     if backend is None:
         return [encode_text(tokenizer, piece) for piece in pieces]
     encoded = backend.encode("".join(pieces), add_special_tokens=False)
@@ -60,6 +59,12 @@ def decode_tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, ski
     text = tokenizer.decode(list(ids), skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
     assert isinstance(text, str)
     return text
+
+
+def _unlimited_backend(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The same, but None if an earlier caller has left truncation or padding switched on in there."""
+    backend = _backend(tokenizer)
+    return None if backend is None or backend.truncation is not None or backend.padding is not None else backend
 
 
 def _backend(tokenizer: PreTrainedTokenizerBase) -> Any:
