@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from appo_lightning.rollout.parsing import ResultEncoder
+from appo_lightning.rollout.formats.tags import ResultEncoder
 from appo_lightning.samplers.base import Completion, Sampler, SampleRequest
 from appo_lightning.samplers.vllm import VLLMSampler
 from appo_lightning.tools.base import StatelessTool

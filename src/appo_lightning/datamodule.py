@@ -18,6 +18,8 @@ from appo_lightning.errors import ConfigurationError, DataError
 from appo_lightning.metrics import of_all_ranks
 from appo_lightning.module import AppoModule
 from appo_lightning.rewards.base import Reward
+from appo_lightning.rollout.formats.base import CallFormat, CallSyntax
+from appo_lightning.rollout.formats.tags import TagFormat
 from appo_lightning.rollout.limits import RolloutLimits
 from appo_lightning.rollout.loop import Prefix, RolloutLoop
 from appo_lightning.rollout.phase import LogprobGap, Phase, Refill
@@ -46,6 +48,7 @@ class RolloutDataModule(L.LightningDataModule):
         validation: held-out questions.
         sampler: rollout engine.
         tools: tools that the agent may call.
+        call_format: how it writes calls; null is ``TagFormat``, the paper's tags.
         reward: scores a finished response.
         rollout: budgets and sampling of one trajectory.
         branching: rollouts per prompt and where they branch.
@@ -65,6 +68,7 @@ class RolloutDataModule(L.LightningDataModule):
         sampler: Sampler,
         reward: Reward,
         tools: list[Tool] = [],  # noqa: B006  # jsonargparse shows it; never mutated
+        call_format: CallFormat | None = None,
         rollout: RolloutLimits = RolloutLimits(),  # noqa: B008  # likewise
         branching: BranchingOptions = BranchingOptions(),  # noqa: B008  # likewise
         prompts_per_phase: int = 128,
@@ -109,6 +113,12 @@ class RolloutDataModule(L.LightningDataModule):
         names = [tool.name for tool in tools]
         if len(set(names)) < len(names):
             raise ConfigurationError(f"data.tools: the names of tools must differ, got {', '.join(names)}")
+        self.call_format = call_format or TagFormat()
+        if reward.call_format not in (None, self.call_format.name):
+            raise ConfigurationError(
+                f"data.reward reads calls in the format {reward.call_format!r}, the policy writes "
+                f"{self.call_format.name!r}: set data.reward.init_args.call_format: {self.call_format.name}"
+            )
         self.train, self.validation = train, validation
         self.sampler, self.tools, self.reward = sampler, tools, reward
         self.rollout, self.branching = rollout, branching
@@ -125,6 +135,7 @@ class RolloutDataModule(L.LightningDataModule):
         self.source: RolloutSource | None = None
         self.engines = 0  # started so far
         self._started = False
+        self._syntax: CallSyntax | None = None
 
     # --- Lightning -------------------------------------------------------------------------------------------------
 
@@ -179,6 +190,7 @@ class RolloutDataModule(L.LightningDataModule):
         """Start the engine once; late, so that the process group exists before it."""
         if self._started:
             return
+        _ = self.syntax  # a template that cannot be used should not cost the start of an engine
         limits = self.rollout
         max_length = limits.max_prompt_tokens + limits.max_response_tokens
         policy = self.module.policy
@@ -217,7 +229,16 @@ class RolloutDataModule(L.LightningDataModule):
         # Sharded weights are gathered by all processes together: one alone cannot start afresh.
         sharded = isinstance(self.trainer.strategy, ModelParallelStrategy)
         restart = None if sharded and self.trainer.world_size > 1 else self.restart_sampler
-        return RolloutLoop(self.sampler, self.tools, self.module.policy.tokenizer, limits, restart)
+        return RolloutLoop(self.sampler, self.tools, self.module.policy.tokenizer, limits, restart, self.syntax)
+
+    @property
+    def syntax(self) -> CallSyntax:
+        """The call format, for the policy's tokenizer; checked when it is first asked for."""
+        if self._syntax is None:
+            for tool in self.tools:
+                tool.prepare()
+            self._syntax = self.call_format.bind(self.module.policy.tokenizer, self.tools)
+        return self._syntax
 
     def task(self, source: TaskSource, index: int) -> Task:
         """One tokenised task."""
@@ -225,6 +246,7 @@ class RolloutDataModule(L.LightningDataModule):
             source.row(index),
             self.module.policy.tokenizer,
             max_prompt_tokens=self.rollout.max_prompt_tokens,
+            tools=self.syntax.prompt_tools,
         )
 
     def report(self, stage: str, done: int, total: int) -> None:

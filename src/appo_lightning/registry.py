@@ -19,6 +19,8 @@ COMPONENTS = (
     "appo_lightning.tools.backends.http",
     "appo_lightning.rewards.tagged",
     "appo_lightning.rewards.mathematics",
+    "appo_lightning.rollout.formats.tags",
+    "appo_lightning.rollout.formats.hermes",
     "appo_lightning.tasks.lookup",
     "appo_lightning.tasks.chat",
     "appo_lightning.tasks.questions",
@@ -26,7 +28,7 @@ COMPONENTS = (
 
 
 def import_components() -> None:
-    """Import every built-in sampler, tool, reward and task source."""
+    """Import every built-in sampler, tool, reward, call format and task source."""
     for name in COMPONENTS:
         importlib.import_module(name)
 

@@ -6,7 +6,9 @@ The tool loop does this several times per turn, between two steps of the engine.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,11 +17,30 @@ if TYPE_CHECKING:
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of a text, without the special tokens that begin or end a sequence."""
-    backend = _backend(tokenizer)
-    # An earlier caller may have left truncation or padding switched on in there.
-    if backend is not None and backend.truncation is None and backend.padding is None:
+    backend = _unlimited_backend(tokenizer)
+    if backend is not None:
         return backend.encode(text, add_special_tokens=False).ids
     return list(tokenizer.encode(text, add_special_tokens=False))
+
+
+def encode_pieces(tokenizer: PreTrainedTokenizerBase, pieces: Sequence[str]) -> list[list[int]]:
+    """Token ids of a text that is given in pieces and encoded as a whole.
+
+    A token that lies across two pieces belongs to the one in which it begins. A tokenizer written in Python gives no
+    offsets: each piece is then encoded alone.
+    """
+    backend = _unlimited_backend(tokenizer)
+    if backend is None:
+        return [encode_text(tokenizer, piece) for piece in pieces]
+    encoded = backend.encode("".join(pieces), add_special_tokens=False)
+    starts = list(accumulate((len(piece) for piece in pieces[:-1]), initial=0))
+    ids: list[list[int]] = [[] for _ in pieces]
+    reached = 0
+    for token, (start, _) in zip(encoded.ids, encoded.offsets, strict=True):
+        # Offsets may leave out a space in front; order is what counts.
+        reached = max(reached, bisect_right(starts, start) - 1)
+        ids[reached].append(token)
+    return ids
 
 
 def decode_tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, skip_special: bool = False) -> str:
@@ -38,6 +59,12 @@ def decode_tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, ski
     text = tokenizer.decode(list(ids), skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
     assert isinstance(text, str)
     return text
+
+
+def _unlimited_backend(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The same, but None if an earlier caller has left truncation or padding switched on in there."""
+    backend = _backend(tokenizer)
+    return None if backend is None or backend.truncation is not None or backend.padding is not None else backend
 
 
 def _backend(tokenizer: PreTrainedTokenizerBase) -> Any:

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from appo_lightning.callbacks import (
@@ -267,3 +268,28 @@ def make_checkpoint(directory: Path, *, hidden_size: int = 32, num_layers: int =
 
 
 TAG_LEAN = 0.15
+
+CALL_TOKENS = (
+    '<tool_call>\n{"name": "search", "arguments": {"query": "age of Bako"}}\n</tool_call>',
+    '<tool_call>\n{"name": "search", "arguments": {"query": "',
+    '"}}\n</tool_call>',
+    '<tool_call>\n{"name": "fly"}\n</tool_call>',
+)
+
+
+def make_function_checkpoint(directory: Path, template: str) -> str:
+    """The same with a chat template for tools; its samples hold JSON function calls, whole, in parts and malformed."""
+    make_checkpoint(directory, num_layers=1)
+    policy, tokenizer = AutoModelForCausalLM.from_pretrained(directory), AutoTokenizer.from_pretrained(directory)
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in CALL_TOKENS])
+    tokenizer.chat_template = template
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        policy.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        embedding = policy.get_input_embeddings().weight
+        embedding[-len(CALL_TOKENS) :] = 0.1 + torch.randn(len(CALL_TOKENS), embedding.shape[1]) * 0.2
+        for token in (*tokenizer.convert_tokens_to_ids(list(CALL_TOKENS)), tokenizer.eos_token_id):
+            embedding[token] += TAG_LEAN
+    policy.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return str(directory)

@@ -13,10 +13,11 @@ import appo_lightning
 
 SOURCE = Path(appo_lightning.__file__).parent
 
-# docs: `types, errors, tokens` <- `algorithm` | `samplers, tools, rewards, policy, tasks` <- `rollout, batching`
+# docs: `types, errors, tokens, function_calls` <- `algorithm` | `samplers, tools, rewards, policy, tasks`
+#       <- `rollout, batching`
 #       <- `module, datamodule, sft, callbacks, reports` <- `cli`
 LAYERS = [
-    {"types", "errors", "tokens", "__init__"},
+    {"types", "errors", "tokens", "function_calls", "__init__"},
     {"algorithm", "samplers", "tools", "rewards", "policy", "tasks", "environment", "registry"},
     {"rollout", "batching", "metrics", "agreement"},
     {"module", "policy_module", "datamodule", "sft", "callbacks", "reports"},
@@ -107,10 +108,10 @@ import importlib, pkgutil, sys
 for name in ("lightning", "pytorch_lightning", "vllm", "peft"):
     sys.modules[name] = None  # importing it now raises ImportError
 import appo_lightning.algorithm, appo_lightning.batching, appo_lightning.rollout as rollout
-names = [module.name for module in pkgutil.iter_modules(rollout.__path__)]
-assert {"loop", "parsing", "phase", "tree"} <= set(names), names
+names = [module.name for module in pkgutil.walk_packages(rollout.__path__, "appo_lightning.rollout.")]
+assert {f"appo_lightning.rollout.{name}" for name in ("loop", "formats.tags", "phase", "tree")} <= set(names), names
 for name in names:
-    importlib.import_module(f"appo_lightning.rollout.{name}")
+    importlib.import_module(name)
 """
     )
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from appo_lightning.tasks.lookup.tokenizer import build_tokenizer as build_lookup_tokenizer
-from appo_lightning.tokens import decode_tokens, encode_text
+from appo_lightning.tokens import decode_tokens, encode_pieces, encode_text
 from helpers.scripted import scripted_tokenizer
 from helpers.tiny import EOS, build_tokenizer
 
@@ -61,3 +61,23 @@ def test_truncation_that_somebody_left_on_does_not_cut():
 def test_nothing_is_nothing():
     assert decode_tokens(build_tokenizer(), []) == ""
     assert encode_text(build_tokenizer(), "") == []
+
+
+@given(st.lists(st.sampled_from([">", "\n", "]", "</", EOS, "é", "東京", " "]) | st.text(max_size=5), max_size=8))
+def test_pieces_are_encoded_as_the_whole_that_they_are(pieces):
+    tokenizer = scripted_tokenizer()
+    encoded = encode_pieces(tokenizer, pieces)
+    assert len(encoded) == len(pieces)
+    assert [token for piece in encoded for token in piece] == encode_text(tokenizer, "".join(pieces))
+    apart = encode_pieces(Slow(tokenizer), pieces)
+    assert apart == [encode_text(tokenizer, piece) for piece in pieces]
+
+
+def test_a_token_across_two_pieces_belongs_to_the_first():
+    tokenizer = scripted_tokenizer()
+    (merged,) = encode_text(tokenizer, "</")
+    assert encode_pieces(tokenizer, ["a<", "/", "b"]) == [
+        [*encode_text(tokenizer, "a"), merged],
+        [],
+        encode_text(tokenizer, "b"),
+    ]

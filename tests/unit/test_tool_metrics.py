@@ -14,7 +14,7 @@ from appo_lightning.callbacks.tool_efficiency import add_tool_metrics
 from appo_lightning.callbacks.tripwires import AlarmRates, Tripwires, control_marks, earned_by_form_alone
 from appo_lightning.errors import ConfigurationError
 from appo_lightning.metrics import MetricSums
-from appo_lightning.rollout.parsing import ResultEncoder
+from appo_lightning.rollout.formats.tags import ResultEncoder, TagFormat
 from appo_lightning.types import Branch, BranchPoint, RolloutTree, ToolCall, Trajectory
 from helpers.scripted import make_task, scripted_tokenizer
 
@@ -82,7 +82,8 @@ def a_trainer(directory, rank=0):
     written = []
     return SimpleNamespace(
         datamodule=SimpleNamespace(
-            tools=[SimpleNamespace(name="search"), SimpleNamespace(name="days"), SimpleNamespace(name="python")]
+            tools=[SimpleNamespace(name="search"), SimpleNamespace(name="days"), SimpleNamespace(name="python")],
+            call_format=TagFormat(),
         ),
         log_dir=str(directory),
         global_rank=rank,

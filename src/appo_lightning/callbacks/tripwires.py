@@ -17,7 +17,7 @@ from appo_lightning.batching import ProcedureBatch
 from appo_lightning.datamodule import RolloutDataModule
 from appo_lightning.errors import ConfigurationError
 from appo_lightning.metrics import MetricSums, log_metrics
-from appo_lightning.rollout.parsing import CONTROL_TAGS
+from appo_lightning.rollout.formats.tags import CONTROL_TAGS
 from appo_lightning.rollout.serialise import trajectory_to_dict
 from appo_lightning.types import RolloutTree, ToolCall, Trajectory
 
@@ -81,7 +81,9 @@ class Tripwires(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         data: RolloutDataModule = trainer.datamodule  # type: ignore[attr-defined]
         module: Any = pl_module
-        marks = control_marks([tool.name for tool in data.tools], module.policy.tokenizer)
+        marks = control_marks(
+            [*data.call_format.control_tags, *(tool.name for tool in data.tools)], module.policy.tokenizer
+        )
         self._tests = {
             "control_tags": lambda rollout: any(speaks_for_the_policy(call, marks) for call in rollout.tool_calls),
             "empty_calls": has_empty_call,

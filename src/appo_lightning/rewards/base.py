@@ -23,7 +23,12 @@ class Reward(ABC):
     """Scores a finished response; must be deterministic and must not raise on any text.
 
     A rollout without a value leaves its group, which is then the smaller: it is never taken for a failure.
+
+    Attributes:
+        call_format: name of the call format that the reward reads in responses; None: it reads no calls.
     """
+
+    call_format: str | None = None
 
     @abstractmethod
     def score(self, task: Task, response_text: str) -> Score:

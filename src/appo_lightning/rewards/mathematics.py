@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from appo_lightning.errors import ConfigurationError
 from appo_lightning.rewards.equivalence import EquivalenceChecker
-from appo_lightning.rewards.tagged import TaggedReward
+from appo_lightning.rewards.tagged import CallFormatName, TaggedReward
 
 
 class MathReward(TaggedReward):
@@ -23,6 +23,7 @@ class MathReward(TaggedReward):
         tools: tag names whose calls must be answered by a result; holds every bonus tool.
         timeout_seconds: CPU seconds for one comparison, > 0.
         max_answer_characters: longer answers are wrong without a comparison, >= 1.
+        call_format: how calls are written: "tags", or "hermes" beside ``data.call_format: HermesFormat``.
 
     Raises:
         ConfigurationError: an option is out of range or has no effect.
@@ -38,8 +39,9 @@ class MathReward(TaggedReward):
         tools: Sequence[str] = ("search", "python"),
         timeout_seconds: float = 3.0,
         max_answer_characters: int = 1000,
+        call_format: CallFormatName = "tags",
     ) -> None:
-        super().__init__(format_penalty, tool_bonus, bonus_tools, tools)
+        super().__init__(format_penalty, tool_bonus, bonus_tools, tools, call_format=call_format)
         if max_answer_characters < 1:
             raise ConfigurationError(f"max_answer_characters must be >= 1, got {max_answer_characters}: use 1000")
         self.max_answer_characters = max_answer_characters

@@ -6,13 +6,19 @@ import re
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from appo_lightning.errors import ConfigurationError, DataError
+from appo_lightning.function_calls import CALL_CLOSE, CALL_OPEN, RESPONSE_CLOSE, RESPONSE_OPEN, read_calls
 from appo_lightning.rewards.answers import answer_f1
 from appo_lightning.rewards.base import Reward, Score
 from appo_lightning.types import Task
 
+CallFormatName = Literal["tags", "hermes"]
+
 _BOX = "\\boxed{"
+_RESPONSES = re.compile(rf"{RESPONSE_OPEN}.*?{RESPONSE_CLOSE}(?:\s*{RESPONSE_OPEN}.*?{RESPONSE_CLOSE})*", re.DOTALL)
+_CALLS = re.compile(rf"{CALL_OPEN}.*{CALL_CLOSE}", re.DOTALL)
 
 
 @dataclass(slots=True)
@@ -24,10 +30,12 @@ class TaggedResponse:
     violation: str | None = None  # the first rule broken; None: well formed
 
 
-def read_tagged_response(text: str, tools: Sequence[str]) -> TaggedResponse:
+def read_tagged_response(text: str, tools: Sequence[str], call_format: CallFormatName = "tags") -> TaggedResponse:
     r"""Read the answer and the tools used, or the first rule that the response breaks.
 
-    1. Every call ``<tool>...</tool>`` is closed and followed by its own complete ``<result>...</result>``.
+    1. Every call ``<tool>...</tool>`` is closed and followed by its own complete ``<result>...</result>``; as a JSON
+       function call it is one of ``<tool_call>...</tool_call>`` followed by as many complete
+       ``<tool_response>...</tool_response>``.
     2. ``<think>`` appears and is closed as often as opened.
     3. There is exactly one ``<answer>``, closed, and it holds a ``\boxed{...}`` with balanced braces.
     Tool results are set aside first: the policy did not write the tags inside a retrieved page.
@@ -36,8 +44,10 @@ def read_tagged_response(text: str, tools: Sequence[str]) -> TaggedResponse:
     Args:
         text: decoded response, tags and tool results included.
         tools: tag names of the tools.
+        call_format: how calls are written.
     """
-    own_text, tools_used, violation = _set_results_aside(text, tools)
+    set_aside = _set_responses_aside if call_format == "hermes" else _set_results_aside
+    own_text, tools_used, violation = set_aside(text, tools)
     if violation:
         return TaggedResponse(tools_used=tools_used, violation=violation)
     opened, closed = own_text.count("<think>"), own_text.count("</think>")
@@ -86,6 +96,7 @@ class TaggedReward(Reward):
         bonus_tools: tools that must all have answered for the bonus.
         tools: tag names whose calls must be answered by a result; holds every bonus tool.
         success_threshold: grade from which a response counts as a success, in (0, 1].
+        call_format: how calls are written: "tags", or "hermes" beside ``data.call_format: HermesFormat``.
 
     Raises:
         ConfigurationError: an option is out of range or has no effect.
@@ -100,6 +111,7 @@ class TaggedReward(Reward):
         bonus_tools: Sequence[str] = ("search", "python"),
         tools: Sequence[str] = ("search", "python"),
         success_threshold: float = 1.0,
+        call_format: CallFormatName = "tags",
     ) -> None:
         if not format_penalty <= 0:
             raise ConfigurationError(f"format_penalty must be <= 0, got {format_penalty}: use -1, or 0 for none")
@@ -118,6 +130,7 @@ class TaggedReward(Reward):
         self.bonus_tools = frozenset(bonus_tools)
         self.tools = tuple(tools)
         self.success_threshold = success_threshold
+        self.call_format: CallFormatName = call_format
 
     @abstractmethod
     def grade(self, answer: str, references: Sequence[str]) -> float:
@@ -127,7 +140,7 @@ class TaggedReward(Reward):
         """Score the response; parts are the grade, ``format`` (1 well formed, 0 broken) and ``tool_bonus``."""
         if not task.references:
             raise DataError(f"task {task.id} must have a reference answer, got none: add one or drop the row")
-        response = read_tagged_response(response_text, self.tools)
+        response = read_tagged_response(response_text, self.tools, self.call_format)
         if response.violation is not None:
             return Score(self.format_penalty, False, {self.grade_name: 0.0, "format": 0.0, "tool_bonus": 0.0})
         grade = self.grade(response.answer, task.references)
@@ -169,4 +182,22 @@ def _set_results_aside(text: str, tools: Sequence[str]) -> tuple[str, set[str], 
         answered.add(tool)
         position = stop + len("</result>")
     own_text.append(text[position:])
+    return "".join(own_text), answered, None
+
+
+def _set_responses_aside(text: str, tools: Sequence[str]) -> tuple[str, set[str], str | None]:
+    """The same for JSON function calls: between two blocks of responses stand the turns of the policy."""
+    own_text: list[str] = []
+    answered: set[str] = set()
+    position = 0
+    # Behind the last closing tag nothing can match: thousands of opening tags there would be tried in vain.
+    end = max(0, text.rfind(RESPONSE_CLOSE)) + len(RESPONSE_CLOSE)
+    for block in [*_RESPONSES.finditer(text, 0, end), None]:
+        turn = text[position : len(text) if block is None else block.start()]
+        calls = read_calls(turn)
+        if len(calls) > (0 if block is None else block.group().count(RESPONSE_OPEN)):
+            return text, answered, f"{len(calls)} function calls without as many complete {RESPONSE_OPEN}"
+        own_text.append(_CALLS.sub("", turn))
+        answered |= {call.name for call in calls if call.arguments is not None} & set(tools)
+        position = len(text) if block is None else block.end()
     return "".join(own_text), answered, None

@@ -11,34 +11,25 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from appo_lightning.errors import AppoError, ConfigurationError, EngineFailure
+from appo_lightning.rollout.episode import Answer, Episode, Prefix
+from appo_lightning.rollout.formats.base import CallSyntax, ParsedCall
+from appo_lightning.rollout.formats.tags import TagSyntax
 from appo_lightning.rollout.limits import RolloutLimits
-from appo_lightning.rollout.parsing import ResultEncoder, parse_call, stop_strings
 from appo_lightning.rollout.seeds import derive_seed
-from appo_lightning.rollout.sessions import EpisodeSession, calls_to_replay
 from appo_lightning.rollout.slots import SlotQueue
 from appo_lightning.rollout.toolpool import ToolOutcome, ToolPool
 from appo_lightning.rollout.watchdog import Watchdog
 from appo_lightning.samplers.base import Completion, Sampler, SampleRequest
 from appo_lightning.tokens import decode_tokens
 from appo_lightning.tools.base import Tool
-from appo_lightning.types import StopReason, Task, ToolCall, ToolError, Trajectory
+from appo_lightning.types import Task, ToolError, Trajectory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-@dataclass(slots=True)
-class Prefix:
-    """Where a rollout starts: a task, and for a branch the part of a root that it keeps."""
-
-    task: Task
-    seed: int
-    response_ids: list[int] = field(default_factory=list)
-    tool_calls: list[ToolCall] = field(default_factory=list)  # those whose result lies inside response_ids
 
 
 @dataclass(slots=True)
@@ -65,6 +56,7 @@ class RolloutLoop:
         tokenizer: the policy's.
         limits: budgets.
         restart: puts a fresh engine with the same weights into ``sampler``; None: an engine that breaks stops the run.
+        syntax: how calls are written; None: the paper's tags.
     """
 
     def __init__(
@@ -74,6 +66,7 @@ class RolloutLoop:
         tokenizer: PreTrainedTokenizerBase,
         limits: RolloutLimits,
         restart: Callable[[], None] | None = None,
+        syntax: CallSyntax | None = None,
     ) -> None:
         self._restart_engine = restart
         self._sampler, self._tokenizer, self._limits = sampler, tokenizer, limits
@@ -83,7 +76,7 @@ class RolloutLoop:
         for tool in tools:
             if not math.isfinite(tool.timeout_s):
                 raise ConfigurationError(f"tool {tool.name!r} must have a time limit, got timeout_s = {tool.timeout_s}")
-        self._encoder = ResultEncoder(tokenizer, self._tools)
+        self._syntax = syntax or TagSyntax(tokenizer, list(self._tools))
         self._opened = False  # every tool, once
         self.statistics = LoopStatistics()
 
@@ -110,16 +103,16 @@ class RolloutLoop:
         if prefixes and not self._opened:
             self._open_tools(prefixes[0].task)
         started = time.monotonic()
-        episodes = [_Episode(prefix, index) for index, prefix in enumerate(prefixes)]
-        pool: ToolPool[_Episode] = ToolPool(self._limits.tool_workers)
+        episodes = [Episode(prefix, index) for index, prefix in enumerate(prefixes)]
+        pool: ToolPool[Episode] = ToolPool(self._limits.tool_workers)
         waiting = SlotQueue(self._sampler.num_slots, self._sampler.cache_tokens)
-        generating: dict[int, _Episode] = {}
+        generating: dict[int, Episode] = {}
         finished = restarts = 0
         self._broken: EngineFailure | None = None
         watchdog = Watchdog(self._limits.stall_timeout_s)
         patience = math.inf if self._limits.patience_s is None else self._limits.patience_s
 
-        def advance(episode: _Episode) -> None:
+        def advance(episode: Episode) -> None:
             nonlocal finished
             self._advance(episode, pool, waiting)
             if episode.stop_reason is not None:
@@ -191,14 +184,14 @@ class RolloutLoop:
             watchdog.look(self._sampler.progress)
         return completions
 
-    def _submit(self, episode: _Episode) -> None:
+    def _submit(self, episode: Episode) -> None:
         assert episode.request is not None
         try:
             self._sampler.submit(episode.request)
         except EngineFailure as failure:  # told at the next step, when every answer at hand is in its trajectory
             self._broken = failure
 
-    def _restart(self, failure: EngineFailure, number: int, generating: dict[int, _Episode]) -> None:
+    def _restart(self, failure: EngineFailure, number: int, generating: dict[int, Episode]) -> None:
         """Ask a fresh engine what the broken one left unanswered: the seeds make the answers the same."""
         if self._restart_engine is None or number > self._limits.max_restarts:
             raise failure
@@ -220,38 +213,35 @@ class RolloutLoop:
 
     # --- one episode ---------------------------------------------------------------------------------------------
 
-    def _advance(self, episode: _Episode, pool: ToolPool[_Episode], waiting: SlotQueue) -> None:
+    def _advance(self, episode: Episode, pool: ToolPool[Episode], waiting: SlotQueue) -> None:
         """Take the next step of an episode: call a tool, sample on, or finish."""
         while episode.stop_reason is None:
-            if episode.finish == "eos":
+            if episode.unanswered or episode.answers:
+                if self._start_next_call(episode, pool):
+                    return
+                self._append_results(episode)
+                continue
+            turn = self._syntax.read_turn(episode.turn_ids, episode.finish)
+            if turn.over:
                 episode.stop_reason = "eos"
-                return
-            if self._room(episode) < 1:
+            elif self._room(episode) < 1:
                 episode.stop_reason = "length"
-                return
-            turn = decode_tokens(self._tokenizer, episode.response_ids[episode.turn_start :])
-            call = parse_call(turn, self._tools)
-            if call is None:
-                episode.request = self._request(episode, turn)
+            elif not turn.calls:
+                episode.request = self._request(episode, turn.stop)
                 waiting.push(episode.index, turn=episode.turn, tokens=len(episode.request.token_ids))
                 return
-            if len(episode.tool_calls) >= self._limits.max_tool_calls:
-                if any(previous.error == "limit" for previous in episode.tool_calls):
-                    episode.stop_reason = "call_limit"
-                    return
-                note = f"no tool calls left (limit {self._limits.max_tool_calls}); answer now"
-                self._append_result(episode, call.name, call.argument or "", note, "limit", 0.0)
-            elif call.argument is None:
-                note = f"malformed call: </{call.name}> without <{call.name}>"
-                self._append_result(episode, call.name, "", note, "malformed", 0.0)
+            elif self._no_calls_left(episode) and any(call.error == "limit" for call in episode.tool_calls):
+                episode.stop_reason = "call_limit"
             else:
-                self._start_call(episode, call.name, call.argument, pool)
-                return
+                episode.unanswered = list(turn.calls)
 
-    def _room(self, episode: _Episode) -> int:
+    def _room(self, episode: Episode) -> int:
         return self._limits.max_response_tokens - len(episode.response_ids)
 
-    def _request(self, episode: _Episode, turn: str) -> SampleRequest:
+    def _no_calls_left(self, episode: Episode) -> bool:
+        return episode.num_calls >= self._limits.max_tool_calls
+
+    def _request(self, episode: Episode, stop: tuple[str, ...]) -> SampleRequest:
         episode.turn += 1
         return SampleRequest(
             id=episode.index,
@@ -262,10 +252,10 @@ class RolloutLoop:
             top_p=self._limits.top_p,
             top_k=self._limits.top_k,
             min_p=self._limits.min_p,
-            stop=stop_strings(self._tools, turn),
+            stop=stop,
         )
 
-    def _absorb_tokens(self, episode: _Episode, completion: Completion) -> None:
+    def _absorb_tokens(self, episode: Episode, completion: Completion) -> None:
         self.statistics.prompt_tokens += len(episode.prefix.task.prompt_ids) + len(episode.response_ids)
         self.statistics.cached_tokens += completion.cached_tokens
         self.statistics.sampled_tokens += len(completion.token_ids)
@@ -276,10 +266,23 @@ class RolloutLoop:
 
     # --- tools -----------------------------------------------------------------------------------------------------
 
-    def _start_call(self, episode: _Episode, name: str, argument: str, pool: ToolPool[_Episode]) -> None:
-        tool = self._tools[name]
-        session = episode.session(tool)
-        episode.pending = (name, argument)
+    def _start_next_call(self, episode: Episode, pool: ToolPool[Episode]) -> bool:
+        """Answer the calls of the turn in their order up to one that needs its tool; False: all are answered."""
+        while episode.unanswered:
+            call = episode.unanswered.pop(0)
+            if self._no_calls_left(episode):
+                note = f"no tool calls left (limit {self._limits.max_tool_calls}); answer now"
+                episode.answers.append(Answer(call.name, call.argument or "", note, "limit"))
+            elif call.argument is None:
+                episode.answers.append(Answer(call.name, "", f"malformed call: {call.problem}", "malformed"))
+            else:
+                self._start_call(episode, call, call.argument, pool)
+                return True
+        return False
+
+    def _start_call(self, episode: Episode, call: ParsedCall, argument: str, pool: ToolPool[Episode]) -> None:
+        session = episode.session(self._tools[call.name])
+        episode.pending = call
         pool.submit(
             episode,
             lambda: session.call(argument),
@@ -300,7 +303,7 @@ class RolloutLoop:
             except Exception:  # the call itself will meet it and tell the policy
                 continue
 
-    def _wait_for_tools(self, pool: ToolPool[_Episode], patience: float) -> tuple[list[ToolOutcome[_Episode]], float]:
+    def _wait_for_tools(self, pool: ToolPool[Episode], patience: float) -> tuple[list[ToolOutcome[Episode]], float]:
         """What ended first, nothing if that took too long; and the seconds waited."""
         started = time.monotonic()
         outcomes = pool.poll(wait_s=patience)
@@ -308,62 +311,50 @@ class RolloutLoop:
         self.statistics.waiting_seconds += waited
         return outcomes, waited
 
-    def _leave_late(self, episodes: Sequence[_Episode]) -> None:
+    def _leave_late(self, episodes: Sequence[Episode]) -> None:
         for episode in episodes:
             if episode.stop_reason is None:
                 episode.stop_reason = "late"
                 self.statistics.late += 1
 
-    def _absorb_result(self, outcome: ToolOutcome[_Episode]) -> None:
+    def _absorb_result(self, outcome: ToolOutcome[Episode]) -> None:
         episode = outcome.key
         assert episode.pending is not None
-        name, argument = episode.pending
-        episode.pending = None
+        call, episode.pending = episode.pending, None
         text = outcome.text.strip()
-        session = episode.session(self._tools[name])
+        session = episode.session(self._tools[call.name])
         error: ToolError | None = None
         if outcome.failure is not None:
             kind = outcome.failure.kind
             error = kind if kind in ("timeout", "malformed") else "error"  # type: ignore[assignment]
             text = f"{error}: {text}" if error != "error" else text or "error"
             if error == "timeout":
-                episode.give_up_session(name)
+                episode.give_up_session(call.name)
         elif not text:
             error, text = "empty", "no result"
         self.statistics.tool_calls += 1
         self.statistics.tool_seconds += outcome.seconds
-        self._append_result(episode, name, argument, text, error, outcome.seconds)
-        call = episode.tool_calls[-1]
-        call.digest = "" if error == "timeout" else session.digest  # a call given up may still be running
-        call.state_matches = session.state_matches
-
-    def _append_result(
-        self, episode: _Episode, name: str, argument: str, text: str, error: ToolError | None, seconds: float
-    ) -> None:
-        room = self._room(episode)
-        body = min(self._limits.max_result_tokens, max(0, room - self._encoder.num_tag_tokens))
-        ids, shown = self._encoder.encode(text, body)
-        ids = ids[:room]
-        start = len(episode.response_ids)
-        episode.response_ids += ids
-        episode.sampled += [False] * len(ids)
-        episode.logprobs += [0.0] * len(ids)
-        episode.tool_calls.append(
-            ToolCall(
-                name=name,
-                argument=argument,
-                result=shown,
-                output_start=start,
-                output_stop=len(episode.response_ids),
-                succeeded=error is None,
-                seconds=seconds,
-                error=error,
+        episode.answers.append(
+            Answer(
+                call.name,
+                call.argument or "",
+                text,
+                error,
+                outcome.seconds,
+                digest="" if error == "timeout" else session.digest,  # a call given up may still be running
+                state_matches=session.state_matches,
             )
         )
-        episode.turn_start = len(episode.response_ids)
-        episode.finish = None
 
-    def _trajectory(self, episode: _Episode, policy_version: int) -> Trajectory:
+    def _append_results(self, episode: Episode) -> None:
+        results = self._syntax.encode_results(
+            [answer.text for answer in episode.answers],
+            max_result_tokens=self._limits.max_result_tokens,
+            room=self._room(episode),
+        )
+        episode.append_results(results)
+
+    def _trajectory(self, episode: Episode, policy_version: int) -> Trajectory:
         assert episode.stop_reason is not None
         return Trajectory(
             prompt_ids=episode.prefix.task.prompt_ids,
@@ -375,40 +366,3 @@ class RolloutLoop:
             policy_version=policy_version,
             response_text=decode_tokens(self._tokenizer, episode.response_ids, skip_special=True),
         )
-
-
-class _Episode:
-    """A trajectory in the making."""
-
-    def __init__(self, prefix: Prefix, index: int) -> None:
-        self.prefix, self.index = prefix, index
-        self.response_ids = list(prefix.response_ids)
-        self.sampled = [False] * len(self.response_ids)
-        self.logprobs = [0.0] * len(self.response_ids)
-        self.tool_calls = list(prefix.tool_calls)
-        self.turn_start = max((call.output_stop for call in self.tool_calls), default=0)
-        self.turn = 0  # requests so far
-        self.request: SampleRequest | None = None  # the last one
-        self.finish: str | None = None
-        self.stop_reason: StopReason | None = None
-        self.pending: tuple[str, str] | None = None
-        self._sessions: dict[str, EpisodeSession] = {}
-        self._given_up: set[str] = set()  # tools whose state is lost
-
-    def session(self, tool: Tool) -> EpisodeSession:
-        """This trajectory's own session of a tool."""
-        if tool.name not in self._sessions:
-            replay: list[ToolCall] = []
-            if tool.stateful and tool.name not in self._given_up:
-                replay = calls_to_replay(self.prefix.tool_calls, tool.name)
-            self._sessions[tool.name] = EpisodeSession(tool, self.prefix.task, replay)
-        return self._sessions[tool.name]
-
-    def give_up_session(self, name: str) -> None:
-        """The next call gets a new session, with no state."""
-        self._given_up.add(name)
-        self._sessions.pop(name).close()
-
-    def close(self) -> None:
-        while self._sessions:
-            self._sessions.popitem()[1].close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from appo_lightning.errors import ConfigurationError, DataError
@@ -11,13 +12,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def build_task(row: TaskRow, tokenizer: PreTrainedTokenizerBase, *, max_prompt_tokens: int) -> Task:
+def build_task(
+    row: TaskRow,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_prompt_tokens: int,
+    tools: Sequence[dict[str, Any]] | None = None,
+) -> Task:
     """Tokenise one question.
 
     Args:
         row: the question.
         tokenizer: must have a chat template.
         max_prompt_tokens: longest prompt.
+        tools: schemas that the template shows; None: the row's messages say themselves which tools there are.
 
     Raises:
         ConfigurationError: the tokenizer has no chat template.
@@ -29,7 +37,11 @@ def build_task(row: TaskRow, tokenizer: PreTrainedTokenizerBase, *, max_prompt_t
             "tokenizer.chat_template and save the tokenizer again"
         )
     encoded: Any = tokenizer.apply_chat_template(
-        row.messages, add_generation_prompt=True, tokenize=True, return_dict=False
+        row.messages,
+        tools=None if tools is None else list(tools),
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=False,
     )
     prompt_ids = [int(token) for token in encoded]
     if len(prompt_ids) > max_prompt_tokens:

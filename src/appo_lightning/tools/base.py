@@ -54,15 +54,17 @@ class ToolSession(ABC):
 
 
 class Tool(ABC):
-    """Something the policy may call by writing ``<name>argument</name>``.
+    """Something the policy may call, by writing ``<name>argument</name>`` or a JSON function call.
 
     Attributes:
         name: the tag.
-        description: one sentence for whoever writes the prompt; the package never changes a prompt.
+        description: one sentence for the model where the chat template shows tools, for whoever writes the prompt
+            where it does not.
         timeout_s: wall-clock limit of one call, seconds.
         stateful: sessions remember earlier calls; a branch then replays the calls of its prefix.
         parameters: JSON schema of the arguments where a call carries several, as one JSON object between the tags;
             None where the text between the tags is the one argument.
+        text_argument: what that one argument is called in a JSON function call.
     """
 
     name: str
@@ -70,6 +72,22 @@ class Tool(ABC):
     timeout_s: float = 10.0
     stateful: bool = False
     parameters: dict[str, Any] | None = None
+    text_argument: str = "input"
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        """JSON schema of the arguments of a function call."""
+        if self.parameters is not None:
+            return self.parameters
+        name = self.text_argument
+        return {"type": "object", "properties": {name: {"type": "string"}}, "required": [name]}
+
+    def prepare(self) -> None:
+        """Learn ``description`` and ``parameters`` where another process knows them: before a prompt shows them.
+
+        Raises:
+            AppoError: the tool cannot work at all; stops the run.
+        """
 
     @abstractmethod
     def open(self, task: Task) -> ToolSession:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from appo_lightning.types import Task
 
 
-_NO_OPTIONS = ("timeout_s", "description", "parameters")  # some are known only when a server runs
+_NO_OPTIONS = ("timeout_s", "description", "parameters", "text_argument")  # some are known only when a server runs
 _GRACE = 1.05  # a tool that keeps its own time says more; the loop waits a little longer still
 _DEEPEST = 8  # nesting of options that is looked into
 
@@ -51,17 +51,35 @@ class CassetteTool(Tool):
             raise ConfigurationError("a cassette in a cassette has no effect; wrap the tool itself")
         self.tool, self.path, self.mode = tool, path, mode
         self.name, self.description, self.parameters = tool.name, tool.description, tool.parameters
-        self.timeout_s, self.stateful = tool.timeout_s, tool.stateful
+        self.timeout_s, self.stateful, self.text_argument = tool.timeout_s, tool.stateful, tool.text_argument
         self._start_empty()
+
+    def prepare(self) -> None:
+        before = self._facts()
+        key = hashlib.sha256(json.dumps([self._fingerprint(), "facts"], sort_keys=True).encode()).hexdigest()
+        if self.mode == "record":
+            self.tool.prepare()
+            self._describe()
+            if self._facts() != before:  # replay has no server to ask
+                self._opened_store().put(key, "facts", self._facts())
+        elif (facts := self._opened_store().get(key)) is not None:
+            self.description, self.parameters, self.text_argument = facts
 
     def open(self, task: Task) -> ToolSession:
         store = self._opened_store()
         inner = None
         if self.mode == "record":
             inner = self.tool.open(task)
-            # Some tools know these only when their server runs.
-            self.description, self.parameters = self.tool.description, self.tool.parameters
+            self._describe()
         return _CassetteSession(self, store, inner, [self._fingerprint(), task.id, _plain(task.metadata)])
+
+    def _facts(self) -> list[Any]:
+        return [self.description, self.parameters, self.text_argument]
+
+    def _describe(self) -> None:
+        # Some tools know these only when their server runs.
+        self.description, self.parameters = self.tool.description, self.tool.parameters
+        self.text_argument = self.tool.text_argument
 
     def take_counts(self) -> dict[str, int]:
         with self._lock:

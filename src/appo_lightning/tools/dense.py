@@ -54,6 +54,7 @@ class DenseSearchTool(StatelessTool):
     """
 
     description = "Finds documents that answer a query."
+    text_argument = "query"
     _index: tuple[TextFile, NDArray[np.float32]] | None
     _encoder: _Encoder | None
 

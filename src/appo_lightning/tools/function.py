@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, PydanticUserError, Validation
 from pydantic_core import to_json
 
 from appo_lightning.errors import ConfigurationError, ToolFailure
-from appo_lightning.tools.base import StatelessTool, check_tool_name
+from appo_lightning.tools.base import StatelessTool, Tool, check_tool_name
 from appo_lightning.types import Task
 
 
@@ -79,6 +79,7 @@ class FunctionTool(StatelessTool):
         fields = list(self._model.model_fields.values())
         single = len(fields) == 1 and fields[0].annotation is str
         self._text = fields[0].alias if single else None
+        self.text_argument = self._text or Tool.text_argument
         self.parameters = None if single else schema
         self._expected = "a JSON object: " + ", ".join(
             f"{name} ({_type_of(entry)}{'' if name in schema.get('required', ()) else ', optional'})"

@@ -64,6 +64,16 @@ class MCPTool(Tool):
         self.timeout_s, self.stateful = timeout_s, stateful
         self._start_empty()
 
+    def prepare(self) -> None:
+        if not self.stateful:
+            self._learn(self._shared_link())
+            return
+        link = _Link(self.server)
+        try:
+            self._learn(link)
+        finally:
+            link.close()
+
     def open(self, task: Task) -> ToolSession:
         if self.stateful:
             link = _Link(self.server)
@@ -114,7 +124,9 @@ class MCPTool(Tool):
             )
         schema = offered[self.tool].input_schema
         self.description = _first_line(offered[self.tool])
-        self.parameters = None if _single_text(schema) else schema
+        text = _single_text(schema)
+        self.parameters = None if text else schema
+        self.text_argument = text or Tool.text_argument
 
     def _forget(self, link: _Link) -> None:
         with self._lock:

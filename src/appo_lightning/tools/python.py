@@ -65,6 +65,7 @@ class PythonTool(Tool):
 
     name = "python"
     description = "Runs Python code and returns what it prints; variables are kept between calls."
+    text_argument = "code"
     stateful = True
 
     def __init__(

@@ -45,6 +45,7 @@ class SearchTool(StatelessTool):
 
     name = "search"
     description = "Finds documents that answer a query."
+    text_argument = "query"
     _shared: tuple[Corpus, dict[str, str]] | None
     _episodes: OrderedDict[str, Corpus]
 

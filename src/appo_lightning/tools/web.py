@@ -68,6 +68,7 @@ class WebSearchTool(StatelessTool):
     """
 
     description = "Searches the web."
+    text_argument = "query"
     _counts: Counter[str]
     _failing_since: float | None
     _quiet_until: float

@@ -166,3 +166,59 @@ def test_a_task_without_reference_is_a_data_error():
 def test_wrong_options_are_refused_in_one_line(options, message):
     with pytest.raises(ConfigurationError, match=message):
         AnswerReward(**options)
+
+
+# --- JSON function calls ---------------------------------------------------------------------------------------------
+
+CALL = '<tool_call>\n{"name": "%s", "arguments": {"query": "%s"}}\n</tool_call>'
+# As the response reads without its special tokens.
+RESPONSES = "\nuser\n<tool_response>\nr\n</tool_response>{}\nassistant\n"
+ONE_RESPONSE = RESPONSES.format("")
+TWO_RESPONSES = RESPONSES.format("\n<tool_response>\nr\n</tool_response>")
+HERMES_REWARD = AnswerReward(call_format="hermes")
+
+
+def hermes_value(before: str) -> float:
+    return HERMES_REWARD.score(task("Paris"), answered(r"\boxed{Paris}", before)).value
+
+
+def test_answered_function_calls_are_well_formed_and_earn_the_bonus():
+    search = f"<think>a</think>{CALL % ('search', 'q')}{ONE_RESPONSE}"
+    assert hermes_value(search) == 1.0
+    assert hermes_value(f"{search}<think>b</think>{CALL % ('python', '1')}{ONE_RESPONSE}") == pytest.approx(1.1)
+    both = f"<think>a</think>{CALL % ('search', 'q')}\n{CALL % ('python', '1')}{TWO_RESPONSES}"
+    assert hermes_value(both) == pytest.approx(1.1)
+
+
+def test_function_calls_without_as_many_responses_break_the_format():
+    assert hermes_value(f"<think>a</think>{CALL % ('search', 'q')}") == -1.0
+    two = f"{CALL % ('search', 'q')}{CALL % ('search', 'r')}"
+    assert hermes_value(f"<think>a</think>{two}{ONE_RESPONSE}") == -1.0
+    assert hermes_value(f"<think>a</think>{two}{TWO_RESPONSES}") == 1.0
+    assert hermes_value(f"<think>a</think>{two}\nuser\n<tool_response>\nr") == -1.0
+
+
+def test_tags_inside_calls_and_responses_are_not_the_policys():
+    call = CALL % ("python", "print('<answer></answer><think>')")
+    assert hermes_value(f"<think>a</think>{call}{ONE_RESPONSE.replace(chr(10) + 'r', '<answer>')}") == 1.0
+
+
+def test_a_malformed_call_that_was_answered_is_no_use_of_a_tool():
+    response = read_tagged_response(
+        f"<think>a</think><tool_call>search</tool_call>{ONE_RESPONSE}" + answered(r"\boxed{x}", ""), TOOLS, "hermes"
+    )
+    assert (response.violation, response.tools_used, response.answer) == (None, set(), "x")
+
+
+@given(
+    st.lists(st.sampled_from([CALL % ("search", "q"), ONE_RESPONSE, "<tool_call>", "</tool_response>", "<think>", "x"]))
+)
+def test_no_function_call_text_stops_the_reward(pieces):
+    assert HERMES_REWARD.score(task("x"), "".join(pieces)).value <= 1.1
+
+
+@pytest.mark.parametrize("piece", ["<tool_response>", "<tool_call>", "</tool_response>"])
+def test_long_nonsense_is_scored_in_linear_time(piece):
+    started = time.monotonic()
+    HERMES_REWARD.score(task("x"), piece * 20_000)
+    assert time.monotonic() - started < 2.0

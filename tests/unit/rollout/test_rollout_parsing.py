@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, normalizers
 
-from appo_lightning.rollout.parsing import ParsedCall, ResultEncoder, parse_call, stop_strings
+from appo_lightning.rollout.formats.tags import ParsedCall, ResultEncoder, parse_call, stop_strings
 from helpers.scripted import ids_of, scripted_tokenizer, text_of
 from helpers.tiny import build_tokenizer
 

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from appo_lightning.rewards.tagged import AnswerReward
-from appo_lightning.rollout.parsing import ResultEncoder
+from appo_lightning.rollout.formats.tags import ResultEncoder
 from appo_lightning.rollout.prompts import build_task
 from appo_lightning.sft import encode_demonstration
 from appo_lightning.tasks.lookup import LookupDemonstrations

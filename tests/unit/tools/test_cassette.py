@@ -235,3 +235,24 @@ def test_yaml_wraps_a_tool():
     [tool] = parser.instantiate(parser.parse_object({"tools": [given]})).tools
     assert isinstance(tool.tool, SearchTool)
     assert (tool.name, tool.mode) == ("search", "replay")
+
+
+class Learner(Clock):
+    """Knows its schema only when it was asked."""
+
+    def prepare(self):
+        self.description, self.parameters = "Tells the time.", {"type": "object", "properties": {}}
+
+
+def test_replay_shows_the_schema_that_was_learnt_while_recording(tmp_path):
+    path = str(tmp_path / "cassette.sqlite")
+    recorder = CassetteTool(Learner(), path)
+    recorder.prepare()
+    assert recorder.description == "Tells the time."
+    answer = recorder.open(TASK).call("now")
+    recorder.close()
+    replay = CassetteTool(Learner(), path, mode="replay")
+    replay.prepare()
+    assert (replay.description, replay.schema) == ("Tells the time.", {"type": "object", "properties": {}})
+    assert replay.open(TASK).call("now") == answer
+    replay.close()

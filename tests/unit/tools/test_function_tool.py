@@ -78,6 +78,7 @@ def test_one_text_argument_is_the_text_itself():
     tool = FunctionTool(shout)
     assert tool.parameters is None
     assert tool.run('{"text": "a"}', TASK) == '{"TEXT": "A"}'
+    assert tool.schema == {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]}
 
 
 def test_a_task_is_given_and_not_asked_for():

@@ -1,0 +1,1 @@
+"""How a policy writes tool calls and reads their results: one module for each format."""
