@@ -77,6 +77,7 @@ class RolloutLoop:
             if not math.isfinite(tool.timeout_s):
                 raise ConfigurationError(f"tool {tool.name!r} must have a time limit, got timeout_s = {tool.timeout_s}")
         self._syntax = syntax or TagSyntax(tokenizer, list(self._tools))
+        self._pool: ToolPool[Episode] = ToolPool(limits.tool_workers)
         self._opened = False  # every tool, once
         self.statistics = LoopStatistics()
 
@@ -104,7 +105,7 @@ class RolloutLoop:
             self._open_tools(prefixes[0].task)
         started = time.monotonic()
         episodes = [Episode(prefix, index) for index, prefix in enumerate(prefixes)]
-        pool: ToolPool[Episode] = ToolPool(self._limits.tool_workers)
+        pool = self._pool
         waiting = SlotQueue(self._sampler.num_slots, self._sampler.cache_tokens)
         generating: dict[int, Episode] = {}
         finished = restarts = 0

@@ -6,6 +6,7 @@ import itertools
 import queue
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -45,8 +46,8 @@ class ToolPool(Generic[K]):
     is freed, and whatever it returns later is dropped. So a hung tool costs its own trajectory its own limit, no more.
     The thread that polls decides alone how a call ended: workers only hand in answers.
 
-    Threads are kept for further calls: the thread that generates has to wait for one that starts, and on a busy machine
-    each such wait costs milliseconds.
+    Threads are kept for further calls, as long as the pool lives: the thread that generates has to wait for one that
+    starts, and on a busy machine each such wait costs milliseconds.
 
     Args:
         workers: calls that run at the same time.
@@ -60,6 +61,7 @@ class ToolPool(Generic[K]):
         self._answers: queue.SimpleQueue[tuple[int, ToolOutcome[K] | AppoError]] = queue.SimpleQueue()
         self._started: queue.SimpleQueue[tuple[int, _Call[K]] | None] = queue.SimpleQueue()  # None ends the threads
         self._threads = 0  # that take calls; a thread of a call given up takes none again
+        weakref.finalize(self, self._started.put, None)
 
     def __len__(self) -> int:
         """Calls submitted and not yet returned by ``poll``."""
@@ -90,12 +92,10 @@ class ToolPool(Generic[K]):
             wait_s = min(left, self._seconds_to_next_deadline())
 
     def abandon(self) -> None:
-        """Give up everything that has not ended, and the threads: for the end of a run."""
+        """Give up everything that has not ended: for the end of a run."""
         self._waiting.clear()
         for number in list(self._running):
             self._give_up(number)
-        self._started.put(None)
-        self._started, self._threads = queue.SimpleQueue(), 0
 
     def _start_waiting(self) -> None:
         while self._waiting and len(self._running) < self._workers:
@@ -105,7 +105,8 @@ class ToolPool(Generic[K]):
             self._started.put((number, call))
             if len(self._running) > self._threads:
                 self._threads += 1
-                threading.Thread(target=self._work, args=(self._started,), daemon=True, name="appo-tool").start()
+                queues = (self._started, self._answers)  # not the pool itself, which would live as long as the thread
+                threading.Thread(target=_work, args=queues, daemon=True, name="appo-tool").start()
 
     def _give_up(self, number: int) -> _Call[K]:
         call = self._running.pop(number)
@@ -113,30 +114,6 @@ class ToolPool(Generic[K]):
         self._threads -= 1  # its thread may hang for ever
         _interrupt_aside(call)
         return call
-
-    def _work(self, started: queue.SimpleQueue[tuple[int, _Call[K]] | None]) -> None:
-        while (next_call := started.get()) is not None:
-            number, call = next_call
-            if not call.given_up:
-                self._answers.put((number, self._answer(call)))
-            if call.given_up:  # another thread has taken the place of this one
-                return
-        started.put(None)  # for the other threads
-
-    def _answer(self, call: _Call[K]) -> ToolOutcome[K] | AppoError:
-        text, failure = "", None
-        try:
-            text = call.run()
-            if not isinstance(text, str):
-                raise TypeError(f"a tool must answer with text, got {type(text).__name__}")
-        except ToolFailure as error:
-            text, failure = str(error), error
-        except AppoError as error:  # not this call but the tool is broken: the run must stop
-            return error
-        except BaseException as error:  # a user's tool may raise anything, SystemExit too; the policy reads it
-            failure = ToolFailure(f"{type(error).__name__}: {error}")
-            text = str(failure)
-        return ToolOutcome(call.key, text, failure, time.monotonic() - call.started)
 
     def _answered(self, wait_s: float) -> list[ToolOutcome[K]]:
         """Answers handed in, but for those of calls given up; waits for the first."""
@@ -166,6 +143,33 @@ class ToolPool(Generic[K]):
     def _seconds_to_next_deadline(self) -> float:
         deadline = min(call.started + call.timeout_s for call in self._running.values())
         return min(max(deadline - time.monotonic(), 0.0005), _LONGEST_WAIT_S)
+
+
+def _work(started: queue.SimpleQueue[tuple[int, _Call] | None], answers: queue.SimpleQueue) -> None:
+    while (next_call := started.get()) is not None:
+        number, call = next_call
+        if not call.given_up:
+            answers.put((number, _answer(call)))
+        if call.given_up:  # another thread has taken the place of this one
+            return
+        del next_call, call  # while it waits, a thread keeps nothing alive
+    started.put(None)  # for the other threads
+
+
+def _answer(call: _Call[K]) -> ToolOutcome[K] | AppoError:
+    text, failure = "", None
+    try:
+        text = call.run()
+        if not isinstance(text, str):
+            raise TypeError(f"a tool must answer with text, got {type(text).__name__}")
+    except ToolFailure as error:
+        text, failure = str(error), error
+    except AppoError as error:  # not this call but the tool is broken: the run must stop
+        return error
+    except BaseException as error:  # a user's tool may raise anything, SystemExit too; the policy reads it
+        failure = ToolFailure(f"{type(error).__name__}: {error}")
+        text = str(failure)
+    return ToolOutcome(call.key, text, failure, time.monotonic() - call.started)
 
 
 def _interrupt_aside(call: _Call) -> None:
