@@ -40,7 +40,7 @@ WATCHED: list[tuple[str, str, str]] = [
     ("appo_lightning.rollout.runner", "score_rewards", "reward"),
     ("appo_lightning.rollout.runner", "plan_branches", "plan and batch"),
     ("appo_lightning.rollout.runner", "build_batch", "plan and batch"),
-    ("appo_lightning.datamodule", "RolloutSource._draw", "plan and batch"),
+    ("appo_lightning.sources", "RolloutSource._draw", "plan and batch"),
     ("appo_lightning.callbacks.advantage_scaling", "ProcedureAdvantageScaling.on_train_batch_start", "plan and batch"),
     ("appo_lightning.module", "AppoModule.training_step", "plan and batch"),
     ("appo_lightning.module", "log_metrics", "statistics"),

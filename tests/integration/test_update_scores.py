@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from appo_lightning.datamodule import RolloutSource
 from appo_lightning.rollout.tree import BranchingOptions
+from appo_lightning.sources import RolloutSource
 from helpers.training import Run, fit, make_checkpoint
 
 METRICS = ("policy/entropy", "loss/policy", "loss/approx_kl", "credit/likelihood_gain_abs")

@@ -20,7 +20,7 @@ LAYERS = [
     {"types", "errors", "tokens", "function_calls", "__init__"},
     {"algorithm", "samplers", "tools", "rewards", "policy", "tasks", "environment", "registry"},
     {"rollout", "batching", "metrics", "agreement"},
-    {"module", "policy_module", "datamodule", "sft", "callbacks", "reports"},
+    {"module", "policy_module", "datamodule", "sources", "sft", "callbacks", "reports"},
     {"cli", "cli_parser", "lightning_cli"},
 ]
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}

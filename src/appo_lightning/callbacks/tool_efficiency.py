@@ -7,8 +7,8 @@ from typing import Any, get_args
 
 import lightning as L
 
-from appo_lightning.batching import ProcedureBatch
-from appo_lightning.datamodule import EvaluationBatch, RolloutDataModule
+from appo_lightning.batching import EvaluationBatch, ProcedureBatch
+from appo_lightning.datamodule import RolloutDataModule
 from appo_lightning.metrics import MetricSums, log_metrics
 from appo_lightning.tools.base import Tool
 from appo_lightning.types import ToolError, Trajectory
