@@ -128,6 +128,10 @@ def start(case: str, contestant: str, folder: Path, trl_python: Path, *, threads
             *(str(Path(sys.executable).with_name("appo")), "fit"),
             *("--config", str(PARTS / "appo" / "base.yaml"), "--config", str(PARTS / "appo" / f"{case}.yaml")),
             *("--model.policy.path", str(folder / "policy"), "--output_dir", str(folder / contestant)),
+            *(
+                f"--data.{part}.init_args.path={folder / 'policy' / 'prompts.jsonl'}"
+                for part in ("train", "validation")
+            ),
             *("--data.sampler", SAMPLERS[contestant], "--trainer.max_steps", str(steps)),
             "--trainer.callbacks+=appo_parts.StepClock",
         ]

@@ -161,6 +161,18 @@ def test_installed_packages_can_be_imported_or_not(make_tool, session):
     assert "ModuleNotFoundError" in str(failure_of(bare, "import numpy"))
 
 
+def test_packages_below_the_place_of_scratch_files_can_be_imported(make_tool, tmp_path, monkeypatch):
+    """As in a virtual environment somewhere in /tmp."""
+    packages = tmp_path / "site-packages"
+    packages.mkdir()
+    (packages / "beside_scratch.py").write_text("answer = 42\n")
+    monkeypatch.syspath_prepend(str(packages))
+    session = make_tool().open(TASK)
+    assert session.call("import beside_scratch; beside_scratch.answer") == "42"
+    session.call("import tempfile; file = tempfile.NamedTemporaryFile(); file.write(b'x'); open('own', 'w').close()")
+    assert failure_of(session, f"open({str(packages / 'beside_scratch.py')!r}, 'w')")
+
+
 def test_preloaded_modules_are_there_without_an_import_of_their_own(make_tool):
     session = make_tool(preload=["fractions"]).open(TASK)
     assert session.call("import sys; 'fractions' in sys.modules") == "True"

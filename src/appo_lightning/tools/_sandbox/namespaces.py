@@ -24,7 +24,7 @@ import libc
 import syscalls
 from watch import MAX_FILES
 
-SCRATCH = "/tmp"
+_SCRATCH, _OTHER_SCRATCH = "/tmp", "/scratch"
 _SHARED_MEMORY = "/dev/shm"
 DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 _DEVICE_LINKS = {
@@ -50,6 +50,11 @@ class _MountAttributes(ctypes.Structure):
         ("propagation", ctypes.c_uint64),
         ("user_namespace", ctypes.c_uint64),
     )
+
+
+def scratch_directory(readable: Sequence[str]) -> str:
+    """Where sessions have their private files: a place that covers nothing of what they may read."""
+    return _OTHER_SCRATCH if any(path.startswith(f"{_SCRATCH}/") for path in readable) else _SCRATCH
 
 
 def enter(keep_open: Sequence[int], directory: str, readable: Sequence[str]) -> int:
@@ -90,11 +95,13 @@ class SessionNamespaces:
     """Makes the namespaces of sessions; held by the server.
 
     Args:
-        scratch_mb: MiB of a session's private files.
+        scratch: directory of a session's private files.
+        scratch_mb: MiB of them.
         users: see ``enter``.
     """
 
-    def __init__(self, scratch_mb: int, users: int) -> None:
+    def __init__(self, scratch: str, scratch_mb: int, users: int) -> None:
+        self.scratch = scratch
         self._scratch_mb, self._users = scratch_mb, users
         self._own_processes = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
         self._number = 0
@@ -118,10 +125,10 @@ class SessionNamespaces:
         libc.mount("proc", "/proc", "proc", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC)
         user = self._user()
         options = f"mode=0700,uid={user},gid={user},size={self._scratch_mb}m,nr_inodes={MAX_FILES}"
-        libc.mount("tmpfs", SCRATCH, "tmpfs", _MS_NOSUID | _MS_NODEV, options)
+        libc.mount("tmpfs", self.scratch, "tmpfs", _MS_NOSUID | _MS_NODEV, options)
         # Two directories of one file system: they share its size. The second covers what it lies in.
-        for directory in (_SHARED_MEMORY, SCRATCH):
-            part = f"{SCRATCH}/{os.path.basename(directory)}"
+        for directory in (_SHARED_MEMORY, self.scratch):
+            part = f"{self.scratch}/{os.path.basename(directory)}"
             os.mkdir(part, 0o700)
             os.chown(part, user, user)
             libc.mount(part, directory, flags=_MS_BIND)
@@ -212,7 +219,7 @@ def _change_root(directory: str, readable: Sequence[str]) -> None:
         if os.path.exists(path) and not any(path.startswith(f"{parent}/") for parent in shown):
             _show(path, directory + path)
             shown.append(path)
-    for path in ("/proc", SCRATCH, _SHARED_MEMORY, "/etc"):
+    for path in ("/proc", scratch_directory(readable), _SHARED_MEMORY, "/etc"):
         os.makedirs(directory + path, exist_ok=True)
     for path, target in _DEVICE_LINKS.items():
         os.symlink(target, directory + path)

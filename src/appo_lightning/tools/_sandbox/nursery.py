@@ -14,7 +14,6 @@ from typing import NoReturn
 import files
 import first
 import limits as limits_module
-import namespaces
 import probe
 import processes
 import session
@@ -57,7 +56,7 @@ class Nursery:
         self._started += 1
         ours, theirs = socket.socketpair()
         own, server = self.walls.namespaces, os.getpid()
-        directory = namespaces.SCRATCH if own else f"{self._directory}/{self._started}"
+        directory = own.scratch if own else f"{self._directory}/{self._started}"
         with theirs:
             try:
                 pid = os.fork() if own is None else own.fork()

@@ -231,7 +231,10 @@ def main() -> None:
     # Forked processes share these objects' memory until a collector touches them.
     gc.disable()
     gc.freeze()
-    own = None if users is None else namespaces.SessionNamespaces(limits.scratch_mb, users)
+    own = None
+    if users is not None:
+        scratch = namespaces.scratch_directory(options["readable"])
+        own = namespaces.SessionNamespaces(scratch, limits.scratch_mb, users)
     nursery = nursery_module.Nursery(directory, limits, walls_module.find(options["walls"], options["readable"], own))
     try:
         held = nursery.try_or_forbid_children(bait)
