@@ -7,39 +7,11 @@ from pathlib import Path
 import pytest
 
 from appo_lightning.errors import ConfigurationError, ToolFailure
-from appo_lightning.tools._sandbox.client import WALLS
 from appo_lightning.tools.python import PythonTool
 from appo_lightning.types import Task
-from helpers.sandboxes import failure_of, tool_with, wait_until
+from helpers.sandboxes import failure_of, wait_until
 
 TASK = Task("task-0", [1], ("x",))
-
-
-@pytest.fixture(scope="module")
-def tool():
-    tool = PythonTool(timeout_s=20)
-    yield tool
-    tool.close()
-
-
-@pytest.fixture
-def session(tool):
-    session = tool.open(TASK)
-    yield session
-    session.close()
-
-
-@pytest.fixture
-def make_tool():
-    tools = []
-
-    def make(walls=WALLS, **options):
-        tools.append(tool_with(walls, **options))
-        return tools[-1]
-
-    yield make
-    for tool in tools:
-        tool.close()
 
 
 def outcome_of(session, code):
