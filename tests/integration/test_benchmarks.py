@@ -60,6 +60,13 @@ def test_rollouts(run, capsys):
     assert 0 < figures["rows"]["1 a root, tools at once"]["cached_prefix_share"] <= 1
 
 
+@pytest.mark.engine
+def test_engine_steps(run):
+    (row,) = run("bench_engine_step", "--sequences", "4", "--tokens", "8", "--rounds", "1")["rows"]
+    assert set(row["ratio"]) == {"vLLM's own", "norms", "draws", "ranks", "all"}
+    assert min(row["milliseconds"].values()) > 0
+
+
 def test_updates(run):
     figures = run("bench_update", "--lengths", "--shapes", "quick start", "--rounds", "1")
     assert [row["shape"] for row in figures["shared_prefixes"]] == ["quick start"]

@@ -1,7 +1,7 @@
 """Starting and ending a vLLM engine inside the training process, without traces on the process around it.
 
-What it touches below vLLM's documented surface: the model registry's entries, the log-prob rank counter, the groups of
-``vllm.distributed``, and the engine core's shutdown.
+What it touches below vLLM's documented surface: the model registry's entries, the groups of ``vllm.distributed``, and
+the engine core's shutdown; on a CPU also what ``_vllm_cpu`` does.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from appo_lightning.errors import SamplerError
+from appo_lightning.samplers._vllm_cpu import NORM_PRIORITY, register_norms, shorten_sampling
 
 if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
@@ -43,21 +44,28 @@ def import_vllm() -> None:
 
 
 @functools.cache  # one line per process
-def _check_version(version: str) -> None:
-    if not version.startswith(TESTED_VERSIONS):
+def _check_version(version: str) -> bool:
+    """Whether the tests ran with this version of vLLM."""
+    if not (known := version.startswith(TESTED_VERSIONS)):
         tested = ", ".join(f"{prefix}*" for prefix in TESTED_VERSIONS)
         warnings.warn(f"VLLMSampler is tested with vLLM {tested}, found {version}", stacklevel=3)
+    return known
 
 
 def start_engine(arguments: dict[str, Any]) -> LLMEngine:
+    import vllm
     from vllm import EngineArgs
     from vllm.distributed import parallel_state
     from vllm.platforms import current_platform
     from vllm.v1.engine.llm_engine import LLMEngine
 
-    engine_arguments = EngineArgs(**arguments)
     if current_platform.is_cpu():
         _shorten_cpu_start(arguments["model"])
+        if _check_version(vllm.__version__):
+            shorten_sampling()
+            register_norms()
+            arguments = {"ir_op_priority": NORM_PRIORITY, **arguments}
+    engine_arguments = EngineArgs(**arguments)
     had_group = torch.distributed.is_initialized()
     groups = _take_groups()
     try:
@@ -99,7 +107,6 @@ def _groups() -> dict[str, Any]:
 
 
 def _shorten_cpu_start(checkpoint: str) -> None:
-    import vllm.v1.sample.sampler
     from transformers import AutoConfig
     from vllm import ModelRegistry
 
@@ -107,8 +114,6 @@ def _shorten_cpu_start(checkpoint: str) -> None:
     for architecture in AutoConfig.from_pretrained(checkpoint).architectures or ():
         if architecture in ModelRegistry.models:
             ModelRegistry.register_model(architecture, ModelRegistry.models[architecture].load_model_cls())
-    # The rank of a sampled token is never read; vLLM's counter of it is compiled by a C++ compiler at first use, 14 s.
-    vllm.v1.sample.sampler.batched_count_greater_than = lambda x, values: (x >= values).sum(-1)
 
 
 def shut_down(engine: LLMEngine) -> None:

@@ -1,7 +1,7 @@
 """vLLM inside the training process: continuous batching, a prefix cache, weights handed over in memory.
 
-With ``_vllm_engine`` and ``_vllm_weights`` beside it the only part of the package that imports vLLM. What they touch
-below vLLM's documented surface moves between releases, and has a test each; here it is the detokenizer of a request.
+With the modules ``_vllm_*`` beside it the only part of the package that imports vLLM. What they touch below vLLM's
+documented surface moves between releases, and has a test each; here it is the detokenizer of a request.
 """
 
 from __future__ import annotations
