@@ -38,23 +38,25 @@ def workload(
     turns: int,
     *,
     tools: tuple[float, float] | None,
+    length: tuple[int, int] = (32, 96),
     slow_every: int = 0,
     vary: bool = False,
     draw: int = 0,
 ) -> Workload:
-    """Turns of 32 to 96 tokens.
+    """A draw of turns and calls.
 
     Args:
         sequences: how many.
         turns: of each sequence, or their mean.
         tools: shortest and longest call in seconds; None: calls that return at once.
+        length: fewest and most tokens of a turn.
         slow_every: one call in so many takes 3 s.
         vary: sequences differ in their number of turns, 1 to 2 * turns - 1, as those of an agent do.
         draw: number of the draw.
     """
     random_state = random.Random(draw)
     counts = [random_state.randint(1, 2 * turns - 1) if vary else turns for _ in range(sequences)]
-    tokens = [[random_state.randint(32, 96) for _ in range(count)] for count in counts]
+    tokens = [[random_state.randint(*length) for _ in range(count)] for count in counts]
     seconds = [[random_state.uniform(*tools) if tools else 0.0 for _ in range(count - 1)] for count in counts]
     calls = [(row, turn) for row, count in enumerate(counts) for turn in range(count - 1)]
     if slow_every:

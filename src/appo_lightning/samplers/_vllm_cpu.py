@@ -1,4 +1,4 @@
-"""vLLM's step on a CPU, without a fifth of its time that changes nothing: see ``docs/benchmarks/engine.md``.
+"""vLLM's step on a CPU, without work that changes nothing: see ``docs/benchmarks/engine.md``.
 
 The norms go through vLLM's registry of kernels, made for it. The draws and the ranks replace one function each,
 only in versions of vLLM that they were compared with.
