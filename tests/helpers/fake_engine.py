@@ -14,6 +14,8 @@ if "broken" in arguments:
     print("docker: Cannot connect to the Docker daemon at unix:///var/run/docker.sock.", file=sys.stderr)
     print("Is the docker daemon running?", file=sys.stderr)
     sys.exit(125)
+if "old" in arguments:
+    raise RuntimeError("this Python is too old")  # said with a traceback, as by a Python inside
 volume = next(word for word in arguments if word.endswith(":ro"))
 python = arguments.index("python3")
 source = os.path.dirname(volume.partition(":")[0])

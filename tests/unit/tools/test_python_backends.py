@@ -162,7 +162,7 @@ def test_the_engine_is_told_to_shut_the_container_in():
         "--memory 8192m --memory-swap 8192m",
         "--cpus 1.5",
         "--pids-limit 1024",
-        "--tmpfs /tmp:rw,nosuid,nodev,mode=1777,size=1024m",
+        "--tmpfs /appo-scratch:rw,nosuid,nodev,mode=1777,size=1024m --env TMPDIR=/appo-scratch",
         "python:3.12 python3 -m appo_lightning.tools.backends.relay",
     ):
         assert words in shown
@@ -182,6 +182,7 @@ def test_the_engine_is_told_to_shut_the_container_in():
             {"engine": ENGINE, "image": "broken"},
             r"found that none started \(docker: Cannot connect .* running\?\); start",
         ),
+        ({"engine": ENGINE, "image": "old"}, r"found that none started \(RuntimeError: this Python is too old\)"),
         ({"engine": "true"}, r"found that none started \(it said nothing\)"),
     ],
 )

@@ -30,6 +30,7 @@ from appo_lightning.tools.backends.multiplexer import Multiplexer
 
 _PACKAGE = Path(appo_lightning.__file__).parent
 _INSIDE = "/opt/appo"
+_SCRATCH = "/appo-scratch"  # not /tmp: a directory of the image gives the mount its own mode, whoever may write there
 _START_S = 300.0  # an image may have to be fetched
 _END_S = 10.0
 _MAX_SAID_CHARS = 300
@@ -96,7 +97,7 @@ class DockerBackend(PythonBackend):
             *("--user", "65534:65534", "--ipc", "none"),
             *("--memory", f"{self.memory_mb}m", "--memory-swap", f"{self.memory_mb}m"),
             *("--cpus", f"{self.cpus:g}", "--pids-limit", str(self.max_processes)),
-            *("--tmpfs", f"/tmp:rw,nosuid,nodev,mode=1777,size={self.tmp_mb}m"),
+            *("--tmpfs", f"{_SCRATCH}:rw,nosuid,nodev,mode=1777,size={self.tmp_mb}m", "--env", f"TMPDIR={_SCRATCH}"),
             *("--volume", f"{_PACKAGE}:{_INSIDE}/{_PACKAGE.name}:ro", "--env", f"PYTHONPATH={_INSIDE}"),
             *("--env", "PYTHONDONTWRITEBYTECODE=1"),
             *(self.image, self.python, "-m", "appo_lightning.tools.backends.relay", json.dumps(options)),
@@ -178,7 +179,7 @@ class _Container:
         except (EOFError, OSError, frames.BrokenFrame):
             self.stop()
             messages.seek(0)
-            said = " ".join(messages.read().decode("utf-8", "replace").split())[:_MAX_SAID_CHARS]
+            said = _told(messages.read().decode("utf-8", "replace"))
             raise ConfigurationError(
                 f"python tool: expected a container from {self._engine!r}, found that none started "
                 f"({said or 'it said nothing'}); start the engine, or correct backend.init_args"
@@ -188,6 +189,14 @@ class _Container:
             self.stop()
             raise ConfigurationError(text)
         return Protections.from_service(json.loads(text), f"in a container of {self._engine}")
+
+
+def _told(messages: str) -> str:
+    """On one line; of a traceback only what went wrong."""
+    lines = [line.strip() for line in messages.splitlines() if line.strip()]
+    if any(line.startswith("Traceback") for line in lines):
+        del lines[:-1]
+    return " ".join(lines)[:_MAX_SAID_CHARS]
 
 
 def _stop(owner: int, process: subprocess.Popen[bytes], stream: socket.socket, engine: str, name: str) -> None:
