@@ -28,6 +28,7 @@ QUICKSTART = ROOT / "configs" / "quickstart" / "appo.yaml"
 DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 COMMENTED = [*sorted((ROOT / "configs").rglob("*.yaml")), *sorted(EXAMPLES.glob("*.yaml"))]
 # Commands that are shown and not checked here.
+NO_MATTER = ("OMP_NUM_THREADS=", "APPO_TEST_CONTAINERS=")
 OTHER_COMMANDS = {"source", "sudo", "pip", ".venv/bin/pip", "python3.11", ".venv/bin/tensorboard"}
 
 sys.path.insert(0, str(ROOT / "tools"))
@@ -112,7 +113,7 @@ def _commands() -> list[Command]:
         shown += [(_name(path), command) for line in lines for command in _IN_COMMENT.findall(line)]
     commands: dict[tuple[str, tuple[str, ...]], Command] = {}
     for source, line in shown:
-        words = [word for word in shlex.split(line, comments=True) if not word.startswith("OMP_NUM_THREADS=")]
+        words = [word for word in shlex.split(line, comments=True) if not word.startswith(NO_MATTER)]
         python_path = words.pop(0).partition("=")[2] if words and words[0].startswith("PYTHONPATH=") else ""
         if words:
             commands.setdefault((python_path, tuple(words)), Command(source, python_path, tuple(words)))
