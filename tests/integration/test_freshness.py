@@ -162,6 +162,16 @@ class Secretive(Deaf):
         return {}
 
 
+class Remembering(TransformersSampler):
+    """Serves a token of every request from a cache, that of the first push too."""
+
+    def step(self) -> list[Completion]:
+        done = super().step()
+        for completion in done:
+            completion.cached_tokens = 1
+        return done
+
+
 @pytest.mark.parametrize("lora", [False, True])
 def test_weights_that_stayed_the_old_ones_are_read_back(checkpoint, lora) -> None:
     run = Run(checkpoint, lora=lora)
@@ -229,6 +239,26 @@ def test_a_sampler_that_slept_through_validation_gets_its_weights_again(checkpoi
 def test_the_canary_notices_nan(checkpoint) -> None:
     with pytest.raises(WeightSyncError, match="by nan nats"):
         fit(Run(checkpoint), sampler=Mumbling())
+
+
+def test_the_canary_notices_what_a_sampler_says_of_its_cache(checkpoint) -> None:
+    with pytest.raises(WeightSyncError, match="still serves 1 tokens, which belong to the old weights"):
+        fit(Run(checkpoint), sampler=Remembering())
+
+
+def test_a_new_engine_is_asked_whole_prompts_and_later_the_end_of_one_in_turn(checkpoint) -> None:
+    asked: list[list[int]] = []
+
+    class Listening(TransformersSampler):
+        def submit(self, request: SampleRequest) -> None:
+            if request.max_tokens == 1:
+                asked.append(request.token_ids)
+            super().submit(request)
+
+    fit(Run(checkpoint, max_steps=4, prompts_per_phase=4, branching=GRPO), sampler=Listening())
+    first, second = asked[:2]
+    assert [len(prompt) for prompt in asked] == [33, 33, 2, 2, 2]
+    assert asked[2:] == [second[-2:], first[-2:], second[-2:]]
 
 
 def test_the_canary_needs_no_validation_questions(checkpoint) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -129,6 +130,22 @@ class Sampler(ABC):
             layer; a vector is returned whole. Names that cannot be read are left out: none can, by default.
         """
         return {}
+
+    @contextmanager
+    def reading(self, columns: Mapping[str, Sequence[int]]) -> Iterator[dict[str, list[torch.Tensor]]]:
+        """``read_weights`` around some sampling, for engines that can do both in one pass over the weights.
+
+        Yields:
+            A dictionary that is empty until the end of the block, and then holds what ``read_weights`` returns.
+        """
+        held: dict[str, list[torch.Tensor]] = {}
+        yield held
+        held.update(self.read_weights(columns))
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens that a prefix cache would serve now, at least; 0 after a change of weights, or without a cache."""
+        return 0
 
     def sleep(self) -> None:
         """Give memory back while nothing is sampled; without effect by default."""
