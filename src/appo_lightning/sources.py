@@ -75,7 +75,7 @@ class RolloutSource:
         while self.position < len(self):
             with self._ranks.work():
                 batch = self._draw()
-            self._data.sampler.sleep()
+                self._data.sampler.sleep()
             # Before the yield: checkpoints are taken while this is suspended, and nothing runs after the last one.
             self.position += 1
             if self.position == len(self):
@@ -275,5 +275,5 @@ class EvaluationSource:
                 roots = trajectories[i * count : (i + 1) * count]
                 score_rewards(data.reward, task, roots)
                 trees.append(RolloutTree(task, roots))
-        data.sampler.sleep()
+            data.sampler.sleep()
         yield EvaluationBatch(trees, loop.statistics.seconds)
