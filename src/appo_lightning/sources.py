@@ -13,7 +13,7 @@ from appo_lightning.agreement import Agreement
 from appo_lightning.batching import EvaluationBatch, ProcedureBatch, TraceScores
 from appo_lightning.errors import ConfigurationError
 from appo_lightning.metrics import of_all_ranks
-from appo_lightning.rollout.loop import Prefix
+from appo_lightning.rollout.episode import Prefix
 from appo_lightning.rollout.phase import LogprobGap, Phase, Refill
 from appo_lightning.rollout.runner import PhaseRunner
 from appo_lightning.rollout.seeds import derive_seed
