@@ -101,11 +101,10 @@ class Sampler(ABC):
             rank: of the LoRA update.
 
         Raises:
-            ConfigurationError: the sampler computes with whole weights only.
+            ConfigurationError: the sampler computes with whole weights only (unless it overrides this), or has no room
+                for the rank.
         """
-        raise ConfigurationError(
-            f"sync.lora: adapter needs a sampler that computes with adapters; {type(self).__name__} does not: use merge"
-        )
+        raise self._no_adapters()
 
     def load_adapter(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Replace the LoRA adapter on top of the checkpoint's weights and forget cached prefixes.
@@ -115,9 +114,15 @@ class Sampler(ABC):
                 transformers module names; the update of a module is B @ A, with no further scale.
 
         Raises:
+            ConfigurationError: as ``expect_adapter``.
             SamplerError: requests are unfinished, or the engine cannot adapt a module.
         """
-        raise NotImplementedError
+        raise self._no_adapters()
+
+    def _no_adapters(self) -> ConfigurationError:
+        return ConfigurationError(
+            f"sync.lora: adapter needs a sampler that computes with adapters; {type(self).__name__} does not: use merge"
+        )
 
     def read_weights(self, columns: Mapping[str, Sequence[int]]) -> dict[str, list[torch.Tensor]]:
         """What the engine really computes with: the check after a push.
