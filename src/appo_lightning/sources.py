@@ -199,6 +199,7 @@ class RolloutSource:
             "epoch": self.epoch,
             "position": self.position,
             "size": self._size(),
+            "max_refills": self._data.branching.max_refills,
             "phases": of_all_ranks(own),
         }
 
@@ -209,7 +210,8 @@ class RolloutSource:
         """Continue where ``state_dict`` was taken.
 
         Raises:
-            ConfigurationError: with phases or epochs of another size; inside a phase, with another number of processes.
+            ConfigurationError: with phases or epochs of another size; inside a phase, with another number of processes,
+                or other refills.
         """
         if tuple(state["size"]) != self._size():
             then, now = (
@@ -227,7 +229,17 @@ class RolloutSource:
                     f"the checkpoint lies inside a rollout phase of {len(phases)} processes, this run has "
                     f"{self._world_size}; resume with {len(phases)}"
                 )
+            self._check_refills(state.get("max_refills"), sum(sum(phase["refills"]) for phase in phases))
             self._stored_phase = phases[self._rank]
+
+    def _check_refills(self, then: int | None, replaced: int) -> None:
+        # Which prompts replace others depends on how often they may.
+        now = self._data.branching.max_refills
+        if replaced and then is not None and then != now:  # None: a checkpoint that does not tell
+            raise ConfigurationError(
+                f"the checkpoint lies inside a rollout phase that replaced {replaced} prompts with "
+                f"data.branching.max_refills = {then}, this run has {now}; resume with {then}"
+            )
 
 
 def _gap_of_all_ranks(gap: LogprobGap, tokens: int) -> LogprobGap:
