@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import lightning as L
@@ -10,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from appo_lightning.errors import ConfigurationError, WeightSyncError
+from appo_lightning.errors import ConfigurationError, EngineFailure, WeightSyncError
 from appo_lightning.rollout.tree import BranchingOptions
 from appo_lightning.samplers.base import Completion, SampleRequest
 from appo_lightning.samplers.transformers import TransformersSampler
@@ -162,6 +164,18 @@ class Secretive(Deaf):
         return {}
 
 
+class Hanging(TransformersSampler):
+    """Does not come back from the canary's step, or comes back empty-handed again and again."""
+
+    def __init__(self, comes_back: bool) -> None:
+        super().__init__()
+        self.comes_back = comes_back
+
+    def step(self) -> list[Completion]:
+        time.sleep(0.01 if self.comes_back else 60)
+        return []
+
+
 class Remembering(TransformersSampler):
     """Serves a token of every request from a cache, that of the first push too."""
 
@@ -239,6 +253,16 @@ def test_a_sampler_that_slept_through_validation_gets_its_weights_again(checkpoi
 def test_the_canary_notices_nan(checkpoint) -> None:
     with pytest.raises(WeightSyncError, match="by nan nats"):
         fit(Run(checkpoint), sampler=Mumbling())
+
+
+@pytest.mark.parametrize("comes_back", [False, True])
+def test_an_engine_that_hangs_in_the_canary_is_given_up(checkpoint, comes_back) -> None:
+    run, sampler = Run(checkpoint), Hanging(comes_back)
+    data = run.data(sampler)
+    data.rollout = replace(data.rollout, stall_timeout_s=0.5)
+    with pytest.raises(EngineFailure, match=r"sampled no token for 0.5 seconds \(data.rollout.stall_timeout_s\)"):
+        run.make_trainer().fit(run.module(), datamodule=data)
+    assert sampler.num_unfinished == 0
 
 
 def test_the_canary_notices_what_a_sampler_says_of_its_cache(checkpoint) -> None:

@@ -14,11 +14,12 @@ from torch import Tensor
 from appo_lightning.agreement import Agreement
 from appo_lightning.batching import pad_trajectories
 from appo_lightning.datamodule import RolloutDataModule
-from appo_lightning.errors import ConfigurationError, WeightSyncError
+from appo_lightning.errors import AppoError, ConfigurationError, EngineFailure, WeightSyncError
 from appo_lightning.metrics import MetricSums, log_metrics
 from appo_lightning.module import AppoModule
 from appo_lightning.rollout.phase import LogprobGap
-from appo_lightning.samplers.base import SampleRequest, generate
+from appo_lightning.rollout.watchdog import Watchdog
+from appo_lightning.samplers.base import Completion, SampleRequest, generate
 from appo_lightning.samplers.read_back import ReadBack, ReadBackResult
 from appo_lightning.types import Trajectory
 
@@ -160,11 +161,11 @@ class SamplerWeightSync(L.Callback):
         ]
         if self.read_columns:
             with read_back.comparing(sampler) as result:
-                completions = generate(sampler, requests)
+                completions = self._ask(requests)
             self._metrics.add_sum("sync/checked_share", result.checked, result.checked + result.unchecked)
             _require_same(result)
         else:
-            completions = generate(sampler, requests)
+            completions = self._ask(requests)
         if completions:
             cached = max(cached, completions[0].cached_tokens)  # later ones may share their beginning with the first
         if cached:
@@ -176,6 +177,20 @@ class SamplerWeightSync(L.Callback):
             Trajectory(prompt, c.token_ids, [True] * len(c.token_ids), c.logprobs, [], "length", 0)
             for prompt, c in zip(prompts, completions, strict=True)
         ]
+
+    def _ask(self, requests: Sequence[SampleRequest]) -> list[Completion]:
+        if not requests:
+            return []
+        sampler, watchdog = self._data.sampler, Watchdog(self._data.rollout.stall_timeout_s)
+        try:
+            with watchdog.watching(), watchdog.guard():
+                return generate(sampler, requests)
+        except AppoError:
+            raise
+        except Exception as error:
+            raise EngineFailure(
+                f"{type(sampler).__name__} failed to step: {type(error).__name__}: {error}, right after a weight push"
+            ) from error
 
     def _compare(self, module: AppoModule, canary: Sequence[Trajectory]) -> None:
         rows = pad_trajectories(canary).to(module.device)

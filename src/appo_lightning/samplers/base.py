@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -198,10 +198,15 @@ class Sampler(ABC):
 
 
 def generate(sampler: Sampler, requests: Sequence[SampleRequest]) -> list[Completion]:
-    """Run requests to the end and return completions in the order of the requests."""
-    for request in requests:
-        sampler.submit(request)
+    """Run requests to the end and return completions in the order of the requests. No request stays behind."""
     finished: dict[int, Completion] = {}
-    while sampler.num_unfinished:
-        finished.update({completion.id: completion for completion in sampler.step()})
+    try:
+        for request in requests:
+            sampler.submit(request)
+        while sampler.num_unfinished:
+            finished.update({completion.id: completion for completion in sampler.step()})
+    except BaseException:
+        with suppress(Exception):  # an engine that broke may not even abort; what broke it is the error to tell
+            sampler.abort([request.id for request in requests])
+        raise
     return [finished[request.id] for request in requests]
