@@ -43,8 +43,8 @@ class SamplerWeightSync(L.Callback):
         lora: how adapters reach the sampler: "merge" folds them into the weights on the way, "adapter" hands them over
             as they are, to a sampler that computes with them (``VLLMSampler``).
         read_columns: columns read back of each weight; 0 turns this check off.
-        canary_prompts: prompts of the canary, all of them asked of a new engine, later the end of one in turn; 0 turns
-            it off.
+        canary_prompts: prompts of the canary, all of them asked of a new engine, later the end of one in turn (in half
+            precision all of them always); 0 turns it off.
         canary_tokens: tokens sampled per prompt.
         tolerance: largest mean absolute log-prob difference, nats; null chooses by the precision of policy, trainer
             and sampler.
@@ -149,7 +149,9 @@ class SamplerWeightSync(L.Callback):
                 prompt = data.task(source, index).prompt_ids
                 # The end of a prompt: beginnings are often the same system prompt.
                 self._prompts.append((prompt * math.ceil(length / len(prompt)))[-length:])
-        return self._prompts if new_engine else [self._prompts[module.weights_version % len(self._prompts)][-_CANARY:]]
+        if new_engine or self._precision(module) != "float32":  # one token says little where each is rounded coarsely
+            return self._prompts
+        return [self._prompts[module.weights_version % len(self._prompts)][-_CANARY:]]
 
     def _read_and_ask(self, read_back: ReadBack, prompts: Sequence[list[int]]) -> list[Trajectory]:
         """What the sampler makes of the canary's prompts, after proof that it holds the weights and no old prefixes."""
