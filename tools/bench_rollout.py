@@ -28,8 +28,9 @@ from typing import Any
 
 import torch
 
+from appo_lightning.rollout.episode import Prefix
 from appo_lightning.rollout.limits import RolloutLimits
-from appo_lightning.rollout.loop import Prefix, RolloutLoop
+from appo_lightning.rollout.loop import RolloutLoop
 from appo_lightning.samplers.base import SampleRequest, generate
 from appo_lightning.samplers.vllm import VLLMSampler
 from appo_lightning.types import Task, Trajectory

@@ -3,8 +3,9 @@
     python tools/bench_sync.py --json runs/bench_sync.json
 
 First table: the three ways take turns in one process, each with vLLM engine and policy of the package. ``push`` is the
-time to hand the weights over, ``read back`` that of comparing columns of every weight with what the engine computes
-with, tokens/s that of sampling afterwards. Second table: training steps of the quick start's configuration, where
+time to hand the weights over; ``read back`` that of comparing columns of every weight with what the engine computes
+with, in a pass of its own; ``in a step`` how much longer a step of the engine takes that is read from, as the canary's
+is; tokens/s that of sampling afterwards. Second table: training steps of the quick start's configuration, where
 ``sync/push_seconds`` and ``sync/check_seconds`` (reading back, and the canary) are set against ``time/step``. Figures
 of the first are medians, of the second means.
 """
@@ -18,7 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from appo_lightning.tasks.lookup import create_tiny_policy
 ROOT = Path(__file__).resolve().parents[1]
 LORA = LoraOptions(rank=16, alpha=32.0)
 WAYS = ("all weights", "LoRA, merged", "LoRA, adapter")
+TABLES = ("pushes", "training")
 COLUMNS = 4  # the default of sync.read_columns
 
 
@@ -66,7 +68,9 @@ class Way:
         if name == "LoRA, adapter":
             self.sampler.expect_adapter(LORA.rank)
         self.sampler.start(checkpoint, self.policy.tokenizer, max_length=256)
-        self.seconds: dict[str, list[float]] = {"push": [], "read back": [], "tokens/s": []}
+        self.seconds: dict[str, list[float]] = {
+            name: [] for name in ("push", "read back", "step", "read step", "tokens/s")
+        }
 
     def round(self, number: int, size: Size) -> None:
         """Move the weights, push, check, sample."""
@@ -75,11 +79,13 @@ class Way:
             for _, parameter in self.policy.trainable():
                 parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=1e-3)
         self._measure("push", self.push)
-        read_back = ReadBack(COLUMNS, seed=number)
+        read_back = ReadBack(COLUMNS, push=number)
         weights = self.policy.named_adapter() if self.name == "LoRA, adapter" else self.policy.named_weights()
         for _ in read_back.noting(weights):
             pass
-        self._measure("read back", lambda: self._check(read_back))
+        self._measure("read back", lambda: self._check(read_back, sampling=False))
+        self._measure("step", self._sample_one)
+        self._measure("read step", lambda: self._check(read_back, sampling=True))
         requests = [SampleRequest(i, [5, 6, 7, 8 + i % 50], size.tokens, seed=i) for i in range(size.sequences)]
         began = time.perf_counter()
         tokens = sum(len(completion.token_ids) for completion in generate(self.sampler, requests))
@@ -92,8 +98,13 @@ class Way:
         else:
             self.sampler.load_weights(self.policy.named_weights())
 
-    def _check(self, read_back: ReadBack) -> None:
-        result = read_back.compare(self.sampler)
+    def _sample_one(self) -> None:
+        generate(self.sampler, [SampleRequest(0, [5, 6], 1, seed=0, temperature=0.0)])
+
+    def _check(self, read_back: ReadBack, *, sampling: bool) -> None:
+        with read_back.comparing(self.sampler) as result:
+            if sampling:
+                self._sample_one()
         assert not result.different
         assert not result.unchecked
 
@@ -113,20 +124,25 @@ def pushes(size: Size, checkpoint: str, rounds: int) -> list[dict[str, Any]]:
     for way in ways:
         figures = {name: statistics.median(values[1:]) for name, values in way.seconds.items()}  # the first warms up
         against = zip(way.seconds["tokens/s"][1:], ways[0].seconds["tokens/s"][1:], strict=True)
+        figures["in a step"] = statistics.median(
+            read - plain for read, plain in zip(way.seconds["read step"][1:], way.seconds["step"][1:], strict=True)
+        )
         rows.append({"way": way.name, **figures, "ratio": statistics.median(own / plain for own, plain in against)})
         way.sampler.close()
     return rows
 
 
-def shares(size: Size, checkpoint: str, directory: Path) -> list[dict[str, Any]]:
+def shares(size: Size, checkpoint: str, directory: Path, ways: Sequence[str]) -> list[dict[str, Any]]:
     """Rows of the second table: a short training run each."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     from appo_lightning.cli import main as appo
 
     rows = []
-    print(f"{'in training':28}{'push, ms':>10}{'checks, ms':>15}{'step, s':>10}{'push':>8}{'checks':>8}")
-    for way in WAYS:
+    print(
+        f"\n{size.name + ', in training':28}{'push, ms':>10}{'checks, ms':>15}{'step, s':>10}{'push':>8}{'checks':>8}"
+    )
+    for way in ways:
         output = directory / way.replace(" ", "_").replace(",", "")
         arguments = [
             *("fit", "--config", str(ROOT / "configs/quickstart/appo.yaml"), "--output_dir", str(output)),
@@ -158,11 +174,11 @@ def shares(size: Size, checkpoint: str, directory: Path) -> list[dict[str, Any]]
 
 def show_pushes(title: str, rows: list[dict[str, Any]]) -> None:
     """Print the first table of a policy."""
-    print(f"\n{title:28}{'push, ms':>10}{'read back, ms':>15}{'tokens/s':>10}{'ratio':>7}")
+    print(f"\n{title:28}{'push, ms':>10}{'read back, ms':>15}{'in a step, ms':>15}{'tokens/s':>10}{'ratio':>7}")
     for row in rows:
         print(
-            f"{row['way']:28}{1000 * row['push']:10.1f}{1000 * row['read back']:15.1f}{row['tokens/s']:10,.0f}"
-            f"{row['ratio']:7.2f}",
+            f"{row['way']:28}{1000 * row['push']:10.1f}{1000 * row['read back']:15.1f}"
+            f"{1000 * row['in a step']:15.1f}{row['tokens/s']:10,.0f}{row['ratio']:7.2f}",
             flush=True,
         )
 
@@ -181,7 +197,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=[size.name for size in SIZES], default=[s.name for s in SIZES])
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--no-training", action="store_true", help="first tables only")
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=TABLES)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="rows of the second table")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args()
 
@@ -192,9 +209,12 @@ def main() -> None:
             checkpoint = str(Path(directory) / "policy")
             create_tiny_policy(Path(checkpoint), hidden_size=size.hidden, num_layers=size.layers)
             parameters = sum(p.numel() for p in CausalPolicy(PolicyOptions(checkpoint)).parameters())
-            rows = pushes(size, checkpoint, options.rounds)
-            show_pushes(f"{size.name}, {parameters / 1e6:.1f} M parameters", rows)
-            shared = [] if options.no_training else shares(size, checkpoint, Path(directory))
+            title, rows, shared = f"{size.name}, {parameters / 1e6:.1f} M parameters", [], []
+            if "pushes" in options.tables:
+                rows = pushes(size, checkpoint, options.rounds)
+                show_pushes(title, rows)
+            if "training" in options.tables:
+                shared = shares(size, checkpoint, Path(directory), options.ways)
         figures[size.name] = {"parameters": parameters, "pushes": rows, "training": shared}
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)

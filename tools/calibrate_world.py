@@ -23,8 +23,9 @@ import yaml
 
 from appo_lightning.policy.options import OptimizerOptions, PolicyOptions
 from appo_lightning.rewards.tagged import AnswerReward
+from appo_lightning.rollout.episode import Prefix
 from appo_lightning.rollout.limits import RolloutLimits
-from appo_lightning.rollout.loop import Prefix, RolloutLoop
+from appo_lightning.rollout.loop import RolloutLoop
 from appo_lightning.rollout.prompts import build_task
 from appo_lightning.rollout.seeds import derive_seed
 from appo_lightning.samplers.transformers import TransformersSampler

@@ -13,7 +13,7 @@ from appo_lightning.agreement import Agreement
 from appo_lightning.batching import EvaluationBatch, ProcedureBatch, TraceScores
 from appo_lightning.errors import ConfigurationError
 from appo_lightning.metrics import of_all_ranks
-from appo_lightning.rollout.loop import Prefix
+from appo_lightning.rollout.episode import Prefix
 from appo_lightning.rollout.phase import LogprobGap, Phase, Refill
 from appo_lightning.rollout.runner import PhaseRunner
 from appo_lightning.rollout.seeds import derive_seed
@@ -75,7 +75,7 @@ class RolloutSource:
         while self.position < len(self):
             with self._ranks.work():
                 batch = self._draw()
-            self._data.sampler.sleep()
+                self._data.sampler.sleep()
             # Before the yield: checkpoints are taken while this is suspended, and nothing runs after the last one.
             self.position += 1
             if self.position == len(self):
@@ -199,6 +199,7 @@ class RolloutSource:
             "epoch": self.epoch,
             "position": self.position,
             "size": self._size(),
+            "max_refills": self._data.branching.max_refills,
             "phases": of_all_ranks(own),
         }
 
@@ -209,7 +210,8 @@ class RolloutSource:
         """Continue where ``state_dict`` was taken.
 
         Raises:
-            ConfigurationError: with phases or epochs of another size; inside a phase, with another number of processes.
+            ConfigurationError: with phases or epochs of another size; inside a phase, with another number of processes,
+                or other refills.
         """
         if tuple(state["size"]) != self._size():
             then, now = (
@@ -227,7 +229,17 @@ class RolloutSource:
                     f"the checkpoint lies inside a rollout phase of {len(phases)} processes, this run has "
                     f"{self._world_size}; resume with {len(phases)}"
                 )
+            self._check_refills(state.get("max_refills"), sum(sum(phase["refills"]) for phase in phases))
             self._stored_phase = phases[self._rank]
+
+    def _check_refills(self, then: int | None, replaced: int) -> None:
+        # Which prompts replace others depends on how often they may.
+        now = self._data.branching.max_refills
+        if replaced and then is not None and then != now:  # None: a checkpoint that does not tell
+            raise ConfigurationError(
+                f"the checkpoint lies inside a rollout phase that replaced {replaced} prompts with "
+                f"data.branching.max_refills = {then}, this run has {now}; resume with {then}"
+            )
 
 
 def _gap_of_all_ranks(gap: LogprobGap, tokens: int) -> LogprobGap:
@@ -275,5 +287,5 @@ class EvaluationSource:
                 roots = trajectories[i * count : (i + 1) * count]
                 score_rewards(data.reward, task, roots)
                 trees.append(RolloutTree(task, roots))
-        data.sampler.sleep()
+            data.sampler.sleep()
         yield EvaluationBatch(trees, loop.statistics.seconds)

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from appo_lightning.lightning_cli import find_stage
+from appo_lightning.rollout.episode import Prefix
 from appo_lightning.rollout.limits import RolloutLimits
-from appo_lightning.rollout.loop import Prefix, RolloutLoop
+from appo_lightning.rollout.loop import RolloutLoop
 from appo_lightning.rollout.prompts import build_task
 from appo_lightning.samplers.transformers import TransformersSampler
 from appo_lightning.types import TaskRow

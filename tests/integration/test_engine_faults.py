@@ -100,6 +100,54 @@ def test_where_every_rank_has_all_weights_one_alone_replaces_its_engine(checkpoi
         assert all((result.weights[name] == weight).all() for name, weight in whole.weights.items())
 
 
+class Choking(TransformersSampler):
+    """On rank 1, breaks in the middle of the second push, in the third canary, or as it falls asleep."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where, self.pushes = where if os.environ["LOCAL_RANK"] == "1" else "nowhere", 0
+
+    def load_weights(self, weights: Any) -> None:
+        self.pushes += 1
+        if self.where == "push" and self.pushes == 2:
+            next(iter(weights))
+            raise RuntimeError("out of memory")
+        super().load_weights(weights)
+
+    def step(self) -> list[Completion]:
+        if self.where == "canary" and self.pushes == 2 and self.num_unfinished == 1:
+            raise RuntimeError("out of memory")
+        return super().step()
+
+    def sleep(self) -> None:
+        if self.where == "sleep":
+            raise RuntimeError("out of memory")
+
+
+def fit_with_an_engine_that_chokes(run: Run, where: str) -> str:
+    torch.set_num_threads(1)
+    try:
+        fit(run, [GracefulStop()], Choking(where))
+    except (AppoError, RuntimeError) as error:
+        return str(error)
+    return "nothing"
+
+
+@pytest.mark.parametrize(
+    ("strategy", "where"),
+    [("fsdp2", "push"), ("fsdp2", "canary"), ("ddp", "push"), ("ddp", "canary"), ("ddp", "sleep")],
+)
+def test_no_rank_waits_for_one_that_failed_in_a_push(checkpoint, strategy, where) -> None:
+    run = Run(checkpoint, strategy=strategy, max_steps=4)
+    other, own = run_ranks(fit_with_an_engine_that_chokes, run, where, timeout=60.0)
+    if where == "canary":
+        assert own == "rank 1: Choking failed to step: RuntimeError: out of memory, right after a weight push"
+        assert other == own
+    else:
+        assert own == "out of memory"
+        assert other == "rank 1: RuntimeError: out of memory"
+
+
 class OneSided(Reward):
     """Cannot score on rank 1."""
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from appo_lightning.errors import ConfigurationError, SamplerError, WeightSyncError
 from appo_lightning.policy.causal_lm import CausalPolicy
@@ -56,11 +57,13 @@ class Engine:
         return CausalPolicy(PolicyOptions(self.checkpoint, lora=lora))
 
     def push(self, policy: CausalPolicy, instead: dict[str, Tensor] | None = None) -> ReadBackResult:
-        """Push, with some tensors exchanged on the way, and read back."""
-        read_back = ReadBack(4, seed=0)
+        """Push, with some tensors exchanged on the way, and read back while sampling."""
+        read_back = ReadBack(4, push=0)
         changed = ((n, (instead or {}).get(n, w)) for n, w in read_back.noting(policy.named_weights()))
         self.sampler.load_weights(changed)
-        return read_back.compare(self.sampler)
+        with read_back.comparing(self.sampler) as result:
+            generate(self.sampler, some_requests(2, max_tokens=1))
+        return result
 
     def gap(self, policy: CausalPolicy, temperature: float = 1.0) -> float:
         """Largest difference between the sampler's log-probs and the policy's, nats."""
@@ -89,13 +92,76 @@ def test_every_weight_is_read_back_to_the_bit(engine: Engine) -> None:
     assert engine.push(policy) == ReadBackResult(checked=len(names), unchecked=0, different=[])
 
 
-def test_reading_leaves_the_engine_as_it_was(engine: Engine) -> None:
+def packed_layers(engine: Engine) -> list[Any]:
+    """Layers whose weights a CPU keeps packed."""
+    assert engine.sampler._engine is not None
+    modules: list[Any] = []
+    engine.sampler._engine.apply_model(lambda model: modules.extend(model.modules()))
+    return [
+        layer for layer in modules if hasattr(layer, "cpu_linear") and not layer.__class__.__name__.startswith("Vocab")
+    ]
+
+
+def test_columns_are_read_in_the_step_that_samples_without_a_pass_of_their_own(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And once for the parts of a fused layer: of two layers four matrices each, and the output layer."""
+    policy, products = engine.policy(), []  # type: ignore[var-annotated]
+    engine.push(policy)
+    for layer in packed_layers(engine):
+        monkeypatch.setattr(layer, "cpu_linear", _recording(products, layer, layer.cpu_linear))
+    read_back = ReadBack(4, push=0)
+    for _ in read_back.noting(policy.named_weights()):
+        pass
+    with read_back.comparing(engine.sampler) as result:
+        generate(engine.sampler, some_requests(2, max_tokens=1))
+    assert not result.different
+    assert len(products) == 2 * 4 + 1
+
+
+@pytest.mark.parametrize("eager", [True, False])
+def test_reading_leaves_the_engine_as_it_was(engine: Engine, monkeypatch: pytest.MonkeyPatch, eager: bool) -> None:
+    """A compiled model is not listened to, and read afterwards."""
+    assert engine.sampler._engine is not None
+    monkeypatch.setattr(engine.sampler._engine.vllm_config.model_config, "enforce_eager", eager)
     policy = engine.policy()
     engine.push(policy)
-    requests = some_requests(4)
+    requests, computing = some_requests(4), [layer.cpu_linear for layer in packed_layers(engine)]
     before = generate(engine.sampler, requests)
-    ReadBack(4, seed=0).compare(engine.sampler)
-    assert [c.token_ids for c in generate(engine.sampler, requests)] == [c.token_ids for c in before]
+    read_back = ReadBack(4, push=0)
+    names = [name for name, _ in read_back.noting(policy.named_weights())]
+    with read_back.comparing(engine.sampler) as result:
+        during = generate(engine.sampler, requests)
+    assert result == ReadBackResult(checked=len(names))
+    with pytest.raises(ZeroDivisionError), read_back.comparing(engine.sampler):
+        raise ZeroDivisionError
+    after = generate(engine.sampler, requests)
+    assert [layer.cpu_linear for layer in packed_layers(engine)] == computing
+    for first, second, third in zip(before, during, after, strict=True):
+        assert first.token_ids == second.token_ids == third.token_ids
+        assert first.logprobs == pytest.approx(second.logprobs, abs=TOLERANCE)
+
+
+def test_a_layer_with_a_bias_is_read_to_the_bit(tmp_path: Path) -> None:
+    save_tiny(tmp_path)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    Qwen2ForCausalLM(Qwen2Config(vocab_size=320, num_key_value_heads=1, **sizes)).save_pretrained(tmp_path)
+    sampler, policy = VLLMSampler(kv_cache_mb=64), CausalPolicy(PolicyOptions(checkpoint := str(tmp_path)))
+    sampler.start(checkpoint, policy.tokenizer, max_length=MAX_LENGTH)
+    perturb(policy, seed=8)
+    result = Engine(sampler, checkpoint).push(policy)
+    sampler.close()
+    assert any(name.endswith("q_proj.bias") for name, _ in policy.named_weights())
+    assert result == ReadBackResult(checked=len(list(policy.named_weights())))
+
+
+def test_numbers_that_are_not_finite_are_told_apart_from_others(engine: Engine) -> None:
+    policy = engine.policy()
+    name = "model.layers.1.mlp.down_proj.weight"
+    with torch.no_grad():
+        dict(policy.named_parameters())[f"model.{name}"][3, 5] = torch.inf  # not in a column that is read
+    result = engine.push(policy)
+    assert result.different == result.not_finite == [name]
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
@@ -173,7 +239,7 @@ def one_step_later(policy: CausalPolicy) -> ReadBack:
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, weight_decay=0.0)
     policy.score(torch.arange(5, 105)[None], torch.tensor([100])).logprobs.sum().backward()
     optimizer.step()
-    read_back = ReadBack(4, seed=0)
+    read_back = ReadBack(4, push=0)
     for _ in read_back.noting(policy.named_weights()):
         pass
     return read_back
@@ -193,7 +259,7 @@ def test_weights_one_step_old_are_noticed_in_half_precision_too(checkpoint: str)
     """Such a step moves one rounded number in a hundred."""
     sampler, policy = VLLMSampler(dtype="bfloat16", kv_cache_mb=64), CausalPolicy(PolicyOptions(checkpoint))
     sampler.start(checkpoint, policy.tokenizer, max_length=MAX_LENGTH)
-    read_back = ReadBack(4, seed=0)
+    read_back = ReadBack(4, push=0)
     sampler.load_weights(read_back.noting(policy.named_weights()))
     assert read_back.compare(sampler).different == []
     assert len(one_step_later(policy).compare(sampler).different) >= 5
@@ -209,7 +275,9 @@ def test_a_prefix_cache_that_outlived_a_push_is_noticed(tmp_path: Path, monkeypa
             monkeypatch.setattr(self._engine, "reset_prefix_cache", lambda: True)
 
     sampler = Forgetful(kv_cache_mb=64)
-    with pytest.raises(WeightSyncError, match="took 32 tokens from its prefix cache, which belongs to the old weights"):
+    with pytest.raises(
+        WeightSyncError, match=r"prefix cache still serves [1-9]\d* tokens, which belong to the old weights"
+    ):
         fit(run, sampler=sampler)
     sampler.close()
 
@@ -301,8 +369,9 @@ def test_pushing_an_adapter_leaves_the_trainers_tensors_alone(adapting: Engine) 
 
 def test_an_adapter_and_the_weights_below_it_are_read_back_to_the_bit(adapting: Engine) -> None:
     policy = adapting.policy(LORA)
+    adapting.sampler.load_adapter(policy.named_adapter())
     perturb(policy, seed=5, scale=1e-6)
-    read_back = ReadBack(4, seed=0)
+    read_back = ReadBack(4, push=0)
     below = [name for name, _ in read_back.noting(policy.named_weights(merge=False))]
     adapter = [name for name, _ in read_back.noting(policy.named_adapter())]
     old = read_back.compare(adapting.sampler)

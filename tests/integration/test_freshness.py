@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import lightning as L
@@ -10,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from appo_lightning.errors import ConfigurationError, WeightSyncError
+from appo_lightning.errors import ConfigurationError, EngineFailure, WeightSyncError
 from appo_lightning.rollout.tree import BranchingOptions
 from appo_lightning.samplers.base import Completion, SampleRequest
 from appo_lightning.samplers.transformers import TransformersSampler
@@ -162,6 +164,28 @@ class Secretive(Deaf):
         return {}
 
 
+class Hanging(TransformersSampler):
+    """Does not come back from the canary's step, or comes back empty-handed again and again."""
+
+    def __init__(self, comes_back: bool) -> None:
+        super().__init__()
+        self.comes_back = comes_back
+
+    def step(self) -> list[Completion]:
+        time.sleep(0.01 if self.comes_back else 60)
+        return []
+
+
+class Remembering(TransformersSampler):
+    """Serves a token of every request from a cache, that of the first push too."""
+
+    def step(self) -> list[Completion]:
+        done = super().step()
+        for completion in done:
+            completion.cached_tokens = 1
+        return done
+
+
 @pytest.mark.parametrize("lora", [False, True])
 def test_weights_that_stayed_the_old_ones_are_read_back(checkpoint, lora) -> None:
     run = Run(checkpoint, lora=lora)
@@ -229,6 +253,42 @@ def test_a_sampler_that_slept_through_validation_gets_its_weights_again(checkpoi
 def test_the_canary_notices_nan(checkpoint) -> None:
     with pytest.raises(WeightSyncError, match="by nan nats"):
         fit(Run(checkpoint), sampler=Mumbling())
+
+
+@pytest.mark.parametrize("comes_back", [False, True])
+def test_an_engine_that_hangs_in_the_canary_is_given_up(checkpoint, comes_back) -> None:
+    run, sampler = Run(checkpoint), Hanging(comes_back)
+    data = run.data(sampler)
+    data.rollout = replace(data.rollout, stall_timeout_s=0.5)
+    with pytest.raises(EngineFailure, match=r"sampled no token for 0.5 seconds \(data.rollout.stall_timeout_s\)"):
+        run.make_trainer().fit(run.module(), datamodule=data)
+    assert sampler.num_unfinished == 0
+
+
+def test_the_canary_notices_what_a_sampler_says_of_its_cache(checkpoint) -> None:
+    with pytest.raises(WeightSyncError, match="still serves 1 tokens, which belong to the old weights"):
+        fit(Run(checkpoint), sampler=Remembering())
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_new_engine_is_asked_whole_prompts_and_later_the_end_of_one_in_turn(checkpoint, precision) -> None:
+    """In half precision, where a token alone says little, always all of them."""
+    asked: list[list[int]] = []
+
+    class Listening(TransformersSampler):
+        def submit(self, request: SampleRequest) -> None:
+            if request.max_tokens == 1:
+                asked.append(request.token_ids)
+            super().submit(request)
+
+    run = Run(checkpoint, max_steps=4, prompts_per_phase=4, branching=GRPO, trainer={"precision": precision})
+    fit(run, sampler=Listening())
+    first, second = asked[:2]
+    if precision == "bf16-mixed":
+        assert asked == 4 * [first, second]
+        return
+    assert [len(prompt) for prompt in asked] == [33, 33, 2, 2, 2]
+    assert asked[2:] == [second[-2:], first[-2:], second[-2:]]
 
 
 def test_the_canary_needs_no_validation_questions(checkpoint) -> None:

@@ -14,9 +14,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from appo_lightning.cli import main
+from appo_lightning.rollout.episode import Prefix
 from appo_lightning.rollout.formats.hermes import HermesFormat
 from appo_lightning.rollout.limits import RolloutLimits
-from appo_lightning.rollout.loop import Prefix, RolloutLoop
+from appo_lightning.rollout.loop import RolloutLoop
 from appo_lightning.rollout.prompts import build_task
 from appo_lightning.rollout.tree import branch_prefixes
 from appo_lightning.samplers.transformers import TransformersSampler

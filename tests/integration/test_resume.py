@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from helpers.training import Result, Run, fit, make_checkpoint
 PREVIOUS = BranchingOptions(2, 4, gain_baseline="previous")
 # Letters are counted coarsely then, so that some roots earn the same.
 REFILLED = BranchingOptions(2, 4, scope="prompt", budget="disagreement", max_refills=2)
-NO_CLOCK = ("seconds", "time/", "wait_share")
+# Told by the clock; and the canary, which asks a new engine more than one that it has asked before.
+OF_THIS_PROCESS = ("seconds", "time/", "wait_share", "canary_gap")
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +77,8 @@ def assert_equal_runs(resumed: Result, whole: Result, *, from_step: int) -> None
     for step, rollouts in resumed.rollouts.items():
         assert rollouts == whole.rollouts[step], f"rollouts of step {step}"
     for step, metrics in resumed.metrics.items():
-        expected = {n: v for n, v in whole.metrics[step].items() if not any(word in n for word in NO_CLOCK)}
-        got = {n: v for n, v in metrics.items() if not any(word in n for word in NO_CLOCK)}
+        expected = {n: v for n, v in whole.metrics[step].items() if not any(word in n for word in OF_THIS_PROCESS)}
+        got = {n: v for n, v in metrics.items() if not any(word in n for word in OF_THIS_PROCESS)}
         assert got == expected, f"metrics of step {step}"
     for name, weight in whole.weights.items():
         assert (resumed.weights[name] == weight).all(), name
@@ -295,6 +297,15 @@ def test_a_checkpoint_that_does_not_fit_is_refused(checkpoint, tmp_path: Path, c
     with pytest.raises(AppoError, match=message) as raised:
         fit(run)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("refills", [0, 1])
+def test_a_phase_with_refills_goes_on_under_the_number_that_it_was_made_with(checkpoint, tmp_path, refills) -> None:
+    fit(Run(checkpoint, str(tmp_path), max_steps=1, branching=REFILLED))
+    changed = Run(checkpoint, branching=replace(REFILLED, max_refills=refills), resume=str(tmp_path / "last.ckpt"))
+    said = rf"replaced [1-9]\d* prompts with data.branching.max_refills = 2, this run has {refills}; resume with 2"
+    with pytest.raises(ConfigurationError, match=said):
+        fit(changed)
 
 
 def test_adapters_are_no_whole_policy(checkpoint, tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from appo_lightning.rollout.episode import Prefix
 from appo_lightning.rollout.limits import RolloutLimits
-from appo_lightning.rollout.loop import Prefix, RolloutLoop
+from appo_lightning.rollout.loop import RolloutLoop
 from appo_lightning.rollout.prompts import build_task
 from appo_lightning.rollout.tree import branch_prefixes
 from appo_lightning.samplers.vllm import VLLMSampler

@@ -4,40 +4,47 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import lightning as L
 import torch
+from torch import Tensor
 
+from appo_lightning.agreement import Agreement
 from appo_lightning.batching import pad_trajectories
 from appo_lightning.datamodule import RolloutDataModule
-from appo_lightning.errors import ConfigurationError, WeightSyncError
-from appo_lightning.metrics import MetricSums, log_metrics, of_all_ranks
+from appo_lightning.errors import AppoError, ConfigurationError, EngineFailure, WeightSyncError
+from appo_lightning.metrics import MetricSums, log_metrics
 from appo_lightning.module import AppoModule
 from appo_lightning.rollout.phase import LogprobGap
-from appo_lightning.samplers.base import SampleRequest, generate
-from appo_lightning.samplers.read_back import ReadBack
+from appo_lightning.rollout.watchdog import Watchdog
+from appo_lightning.samplers.base import Completion, SampleRequest, generate
+from appo_lightning.samplers.read_back import ReadBack, ReadBackResult
 from appo_lightning.types import Trajectory
 
 # Mean absolute difference, nats, that numerics explain; stale weights give 0.1 and more after a few steps of training
 # from scratch, and a forgotten repack of a tied head 1 and more.
 _TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
-# Fills a block of the prefix cache, so that one that outlived a push is noticed, and is cheap.
-_CANARY_LENGTH = 33
+# Tokens of a prompt: on a new engine enough to tell how it counts positions; later so few that a product with a weight
+# takes no longer than reading it.
+_FIRST_CANARY, _CANARY = 33, 2
 
 
 class SamplerWeightSync(L.Callback):
     """Before anything is sampled, gives the sampler the current weights; then checks that they arrived, three times.
 
     Columns of every weight are read back from what the sampler computes with, and must be what was pushed to the last
-    bit. A canary: the sampler continues fixed prompts, the trainer scores the same tokens, and the two must agree.
-    And the roots of a phase, which the trainer scores anyway, must agree in the same way.
+    bit; its prefix cache must be empty. A canary: the sampler continues a fixed prompt, the trainer scores the same
+    tokens, and the two must agree. And the roots of a phase, which the trainer scores anyway, must agree in the same
+    way.
 
     Args:
         lora: how adapters reach the sampler: "merge" folds them into the weights on the way, "adapter" hands them over
             as they are, to a sampler that computes with them (``VLLMSampler``).
         read_columns: columns read back of each weight; 0 turns this check off.
-        canary_prompts: prompts of the canary; 0 turns it off.
+        canary_prompts: prompts of the canary, all of them asked of a new engine, later the end of one in turn (in half
+            precision all of them always); 0 turns it off.
         canary_tokens: tokens sampled per prompt.
         tolerance: largest mean absolute log-prob difference, nats; null chooses by the precision of policy, trainer
             and sampler.
@@ -89,25 +96,24 @@ class SamplerWeightSync(L.Callback):
         Raises:
             WeightSyncError: the sampler does not compute with the trainer's weights.
         """
-        module, sampler = self._data.module, self._data.sampler
-        wanted = (self._data.engines, module.weights_version)
-        kept = sampler.wake()
-        if kept and self._pushed == wanted:
-            return
-        started = time.monotonic()
-        read_back = ReadBack(self.read_columns, seed=module.weights_version)
-        if self.lora == "merge":
-            sampler.load_weights(read_back.noting(module.policy.named_weights()))
-        else:
-            if self._pushed is None or self._pushed[0] != self._data.engines:
-                # A new engine has the weights below the adapter from the checkpoint: are they the trainer's?
-                for _ in read_back.noting(module.policy.named_weights(merge=False)):
-                    pass
-            sampler.load_adapter(read_back.noting(module.policy.named_adapter()))
-        pushed = time.monotonic()
+        data, module = self._data, self._data.module
+        ranks = Agreement(1 if alone else module.trainer.world_size)
+        # After each part all ranks learn who has failed: the trainer's forward pass may need all of them.
+        with ranks.work():
+            wanted = (data.engines, module.weights_version)
+            kept = data.sampler.wake()
+            if kept and self._pushed == wanted:
+                return
+            new_engine = self._pushed is None or self._pushed[0] != data.engines
+            started = time.monotonic()
+            read_back = self._push(module, new_engine)
+            pushed = time.monotonic()
+            self._metrics.add("sync/push_seconds", pushed - started)
+            canary = self._read_and_ask(read_back, self._canary_prompts(module, new_engine))
+        with ranks.work():
+            if canary:
+                self._compare(module, canary)
         self._pushed = wanted
-        self._metrics.add("sync/push_seconds", pushed - started)
-        self._raise_for(self._problem(module, read_back), alone)
         self._metrics.add("sync/check_seconds", time.monotonic() - pushed)
 
     def check_gap(self, gap: LogprobGap) -> None:
@@ -116,81 +122,95 @@ class SamplerWeightSync(L.Callback):
         Raises:
             WeightSyncError: they differ by more than numerics explain.
         """
-        problem = self._gap_problem("on the roots of this phase", gap.mean, gap.maximum)
-        if problem is not None:
-            raise WeightSyncError(problem)
+        self._require_small("on the roots of this phase", gap.mean, gap.maximum)
 
-    def _problem(self, module: AppoModule, read_back: ReadBack) -> str | None:
-        """What is wrong with the weights that this process's sampler holds, if anything."""
-        problem = None
-        if self.read_columns:
-            result = read_back.compare(self._data.sampler)
-            self._metrics.add_sum("sync/checked_share", result.checked, result.checked + result.unchecked)
-            if result.different:
-                problem = (
-                    f"after a weight push the sampler holds other numbers than the trainer in {len(result.different)} "
-                    f"of {result.checked} weights, {min(result.different)} among them: it would sample from another "
-                    "policy"
-                )
-        if self.canary_prompts and self._data.sampler.provides_logprobs:
-            canary_problem = self._canary_problem(module)  # in any case: sharded, the forward pass needs all ranks
-            problem = problem or canary_problem
-        return problem
+    def _push(self, module: AppoModule, new_engine: bool) -> ReadBack:
+        sampler, policy = self._data.sampler, module.policy
+        read_back = ReadBack(self.read_columns, push=module.weights_version)
+        if self.lora == "merge":
+            _hand_over(sampler.load_weights, read_back.noting(policy.named_weights()))
+            return read_back
+        if new_engine:
+            # It has the weights below the adapter from the checkpoint: are they the trainer's?
+            for _ in read_back.noting(policy.named_weights(merge=False)):
+                pass
+        _hand_over(sampler.load_adapter, read_back.noting(policy.named_adapter()))
+        return read_back
 
-    def _raise_for(self, problem: str | None, alone: bool) -> None:
-        # Every rank has its own engine; all fail together, or the others would wait for the one that did.
-        problems = [problem] if alone else of_all_ranks(problem)
-        for rank, found in enumerate(problems):
-            if found is not None:
-                raise WeightSyncError(found if len(problems) == 1 else f"rank {rank}: {found}")
-
-    def _canary_problem(self, module: AppoModule) -> str | None:
+    def _canary_prompts(self, module: AppoModule, new_engine: bool) -> list[list[int]]:
         data = self._data
-        prompts = self._canary_prompts()
-        # The most likely token: in half precision the log-prob of an unlikely one may be far off, and these are few.
-        requests = [
-            SampleRequest(i, prompt, self.canary_tokens, seed=0, temperature=0.0) for i, prompt in enumerate(prompts)
-        ]
-        completions = generate(data.sampler, requests)
-        rows = pad_trajectories(
-            [
-                Trajectory(prompt, c.token_ids, [True] * len(c.token_ids), c.logprobs, [], "length", 0)
-                for prompt, c in zip(prompts, completions, strict=True)
-            ]
-        ).to(module.device)
-        with module.scoring():  # as one batch, not through module.score: one rank may be here alone
-            scored = module.policy.score(rows.token_ids, rows.lengths, mask=rows.mask)
-        sampled = torch.tensor([logprob for c in completions for logprob in c.logprobs])
-        gaps = (scored.logprobs[rows.mask].cpu() - sampled).abs()
-        self._metrics.add("sync/canary_gap", gaps.mean())
-        if completions[0].cached_tokens:  # later ones may share their beginning with the first
-            return (
-                f"after a weight push the sampler took {completions[0].cached_tokens} tokens from its prefix cache, "
-                "which belongs to the old weights"
-            )
-        return self._gap_problem("after a weight push", float(gaps.mean()), float(gaps.max()))
-
-    def _canary_prompts(self) -> list[list[int]]:
-        data = self._data
+        if not (self.canary_prompts and data.sampler.provides_logprobs):
+            return []
         if not self._prompts:
             source = data.validation if len(data.validation) else data.train
             room = data.rollout.max_prompt_tokens + data.rollout.max_response_tokens - self.canary_tokens
-            length = min(_CANARY_LENGTH, room)
+            length = min(_FIRST_CANARY, room)
             for index in range(min(self.canary_prompts, len(source))):
                 prompt = data.task(source, index).prompt_ids
                 # The end of a prompt: beginnings are often the same system prompt.
                 self._prompts.append((prompt * math.ceil(length / len(prompt)))[-length:])
-        return self._prompts
+        if new_engine or self._precision(module) != "float32":  # one token says little where each is rounded coarsely
+            return self._prompts
+        return [self._prompts[module.weights_version % len(self._prompts)][-_CANARY:]]
 
-    def _gap_problem(self, when: str, mean: float, largest: float) -> str | None:
+    def _read_and_ask(self, read_back: ReadBack, prompts: Sequence[list[int]]) -> list[Trajectory]:
+        """What the sampler makes of the canary's prompts, after proof that it holds the weights and no old prefixes."""
+        sampler = self._data.sampler
+        cached = sampler.cached_tokens
+        # The most likely token: in half precision the log-prob of an unlikely one may be far off, and these are few.
+        requests = [
+            SampleRequest(i, prompt, self.canary_tokens, seed=0, temperature=0.0) for i, prompt in enumerate(prompts)
+        ]
+        if self.read_columns:
+            with read_back.comparing(sampler) as result:
+                completions = self._ask(requests)
+            self._metrics.add_sum("sync/checked_share", result.checked, result.checked + result.unchecked)
+            _require_same(result)
+        else:
+            completions = self._ask(requests)
+        if completions:
+            cached = max(cached, completions[0].cached_tokens)  # later ones may share their beginning with the first
+        if cached:
+            raise WeightSyncError(
+                f"after a weight push the sampler's prefix cache still serves {cached} tokens, which belong to the old "
+                "weights"
+            )
+        return [
+            Trajectory(prompt, c.token_ids, [True] * len(c.token_ids), c.logprobs, [], "length", 0)
+            for prompt, c in zip(prompts, completions, strict=True)
+        ]
+
+    def _ask(self, requests: Sequence[SampleRequest]) -> list[Completion]:
+        if not requests:
+            return []
+        sampler, watchdog = self._data.sampler, Watchdog(self._data.rollout.stall_timeout_s)
+        try:
+            with watchdog.watching(), watchdog.guard():
+                return generate(sampler, requests)
+        except AppoError:
+            raise
+        except Exception as error:
+            raise EngineFailure(
+                f"{type(sampler).__name__} failed to step: {type(error).__name__}: {error}, right after a weight push"
+            ) from error
+
+    def _compare(self, module: AppoModule, canary: Sequence[Trajectory]) -> None:
+        rows = pad_trajectories(canary).to(module.device)
+        with module.scoring():  # as one batch, not through module.score: one rank may be here alone
+            scored = module.policy.score(rows.token_ids, rows.lengths, mask=rows.mask)
+        sampled = torch.tensor([logprob for trajectory in canary for logprob in trajectory.behaviour_logprobs])
+        gaps = (scored.logprobs[rows.mask].cpu() - sampled).abs()
+        self._metrics.add("sync/canary_gap", gaps.mean())
+        self._require_small("after a weight push", float(gaps.mean()), float(gaps.max()))
+
+    def _require_small(self, when: str, mean: float, largest: float) -> None:
         limit = self.tolerance if self.tolerance is not None else _TOLERANCE[self._precision(self._data.module)]
-        if mean <= limit:  # not so for NaN
-            return None
-        return (
-            f"{when} the sampler's log-probs differ from the trainer's by {mean:.3g} nats on average "
-            f"(limit {limit:g}): the sampler does not compute with the trainer's weights. Largest difference "
-            f"{largest:.3g}. If the two only differ in precision, raise sync.tolerance"
-        )
+        if not mean <= limit:  # so for NaN, too
+            raise WeightSyncError(
+                f"{when} the sampler's log-probs differ from the trainer's by {mean:.3g} nats on average "
+                f"(limit {limit:g}): the sampler does not compute with the trainer's weights. Largest difference "
+                f"{largest:.3g}. If the two only differ in precision, raise sync.tolerance"
+            )
 
     def _precision(self, module: AppoModule) -> str:
         """The coarsest of what computes the two log-probs."""
@@ -208,3 +228,26 @@ class SamplerWeightSync(L.Callback):
             self._data.source.measure_gap(batch)  # before this step is saved, where it was not known before it
         metrics, self._metrics = self._metrics, MetricSums()
         log_metrics(trainer, metrics)
+
+
+def _hand_over(load: Callable[[Iterator[tuple[str, Tensor]]], None], weights: Iterator[tuple[str, Tensor]]) -> None:
+    try:
+        load(weights)
+    except Exception:
+        for _ in weights:  # the other ranks gather theirs, and need this one for it
+            pass
+        raise
+
+
+def _require_same(result: ReadBackResult) -> None:
+    if result.not_finite:
+        raise WeightSyncError(
+            f"{len(result.not_finite)} of {result.checked} weights hold NaN or infinite numbers, "
+            f"{min(result.not_finite)} among them: nothing can be sampled from them; lower "
+            "model.optimizer.learning_rate"
+        )
+    if result.different:
+        raise WeightSyncError(
+            f"after a weight push the sampler holds other numbers than the trainer in {len(result.different)} "
+            f"of {result.checked} weights, {min(result.different)} among them: it would sample from another policy"
+        )

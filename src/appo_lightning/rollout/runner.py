@@ -16,8 +16,9 @@ from torch import Tensor
 from appo_lightning.batching import ProcedureBatch, TraceScores, build_batch
 from appo_lightning.errors import DataError
 from appo_lightning.rewards.base import Reward
+from appo_lightning.rollout.episode import Prefix
 from appo_lightning.rollout.limits import RolloutLimits
-from appo_lightning.rollout.loop import Prefix, RolloutLoop
+from appo_lightning.rollout.loop import RolloutLoop
 from appo_lightning.rollout.phase import Branches, Phase, Refill, logprob_gap
 from appo_lightning.rollout.seeds import derive_seed
 from appo_lightning.rollout.tree import (

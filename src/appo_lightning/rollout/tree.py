@@ -23,8 +23,8 @@ from appo_lightning.algorithm import (
 from appo_lightning.batching import TraceScores
 from appo_lightning.errors import ConfigurationError
 from appo_lightning.rewards.base import Reward
+from appo_lightning.rollout.episode import Prefix
 from appo_lightning.rollout.limits import RolloutLimits
-from appo_lightning.rollout.loop import Prefix
 from appo_lightning.rollout.seeds import derive_seed
 from appo_lightning.tokens import decode_tokens
 from appo_lightning.types import Branch, BranchPoint, RolloutTree, Task, Trajectory

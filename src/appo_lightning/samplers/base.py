@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -100,11 +101,10 @@ class Sampler(ABC):
             rank: of the LoRA update.
 
         Raises:
-            ConfigurationError: the sampler computes with whole weights only.
+            ConfigurationError: the sampler computes with whole weights only (unless it overrides this), or has no room
+                for the rank.
         """
-        raise ConfigurationError(
-            f"sync.lora: adapter needs a sampler that computes with adapters; {type(self).__name__} does not: use merge"
-        )
+        raise self._no_adapters()
 
     def load_adapter(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Replace the LoRA adapter on top of the checkpoint's weights and forget cached prefixes.
@@ -114,9 +114,15 @@ class Sampler(ABC):
                 transformers module names; the update of a module is B @ A, with no further scale.
 
         Raises:
+            ConfigurationError: as ``expect_adapter``.
             SamplerError: requests are unfinished, or the engine cannot adapt a module.
         """
-        raise NotImplementedError
+        raise self._no_adapters()
+
+    def _no_adapters(self) -> ConfigurationError:
+        return ConfigurationError(
+            f"sync.lora: adapter needs a sampler that computes with adapters; {type(self).__name__} does not: use merge"
+        )
 
     def read_weights(self, columns: Mapping[str, Sequence[int]]) -> dict[str, list[torch.Tensor]]:
         """What the engine really computes with: the check after a push.
@@ -129,6 +135,22 @@ class Sampler(ABC):
             layer; a vector is returned whole. Names that cannot be read are left out: none can, by default.
         """
         return {}
+
+    @contextmanager
+    def reading(self, columns: Mapping[str, Sequence[int]]) -> Iterator[dict[str, list[torch.Tensor]]]:
+        """``read_weights`` around some sampling, for engines that can do both in one pass over the weights.
+
+        Yields:
+            A dictionary that is empty until the end of the block, and then holds what ``read_weights`` returns.
+        """
+        held: dict[str, list[torch.Tensor]] = {}
+        yield held
+        held.update(self.read_weights(columns))
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens that a prefix cache would serve now, at least; 0 after a change of weights, or without a cache."""
+        return 0
 
     def sleep(self) -> None:
         """Give memory back while nothing is sampled; without effect by default."""
@@ -176,10 +198,15 @@ class Sampler(ABC):
 
 
 def generate(sampler: Sampler, requests: Sequence[SampleRequest]) -> list[Completion]:
-    """Run requests to the end and return completions in the order of the requests."""
-    for request in requests:
-        sampler.submit(request)
+    """Run requests to the end and return completions in the order of the requests. No request stays behind."""
     finished: dict[int, Completion] = {}
-    while sampler.num_unfinished:
-        finished.update({completion.id: completion for completion in sampler.step()})
+    try:
+        for request in requests:
+            sampler.submit(request)
+        while sampler.num_unfinished:
+            finished.update({completion.id: completion for completion in sampler.step()})
+    except BaseException:
+        with suppress(Exception):  # an engine that broke may not even abort; what broke it is the error to tell
+            sampler.abort([request.id for request in requests])
+        raise
     return [finished[request.id] for request in requests]

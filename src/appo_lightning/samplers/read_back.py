@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import random
+import math
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -11,29 +12,35 @@ from torch import Tensor
 
 from appo_lightning.samplers.base import Sampler
 
+# Multiples of it, modulo 1, fill every gap: the largest shrinks like 1 / n from the first to the last of n.
+_GOLDEN = (math.sqrt(5) - 1) / 2
+
 
 @dataclass(slots=True)
 class ReadBackResult:
     """What a sampler holds, compared with what was pushed."""
 
-    checked: int  # weights that were read back
-    unchecked: int  # weights that the sampler could not read
+    checked: int = 0  # weights that were read back
+    unchecked: int = 0  # weights that the sampler could not read
     different: list[str] = field(default_factory=list)  # names of weights that are not what was pushed
+    not_finite: list[str] = field(default_factory=list)  # those of them that hold NaN or infinite numbers
 
 
 class ReadBack:
     """Notes some columns of each weight on its way into a sampler, and compares them bit by bit afterwards.
 
     An optimiser step moves nearly every number of a weight, by however little, so a few columns tell a weight that was
-    left behind. They are others at every push.
+    left behind. They are spread evenly, so that of a matrix in which only a stretch of columns was left behind, one of
+    ``1 / columns`` of its width or more is told as well; and they move on with each push, so that all have their turn.
 
     Args:
         columns: of each matrix; vectors are compared whole.
-        seed: chooses them.
+        push: number of the push: columns of successive numbers fill each other's gaps.
     """
 
-    def __init__(self, columns: int, *, seed: int) -> None:
-        self._places = [random.Random(f"{seed} {i}").random() for i in range(columns)]
+    def __init__(self, columns: int, *, push: int) -> None:
+        shift = push * _GOLDEN % 1
+        self._places = [(i + shift) / columns for i in range(columns)]  # as shares of the width
         self._noted: dict[str, Tensor] = {}
         self._columns: dict[str, list[int]] = {}
         self._unnoted = 0
@@ -45,18 +52,35 @@ class ReadBack:
                 self._columns[name], self._noted[name] = [], tensor.detach().clone()
             elif tensor.dim() == 2:
                 chosen = sorted({int(place * tensor.shape[1]) for place in self._places})
-                self._columns[name], self._noted[name] = chosen, tensor.detach()[:, chosen]
+                index = torch.tensor(chosen, dtype=torch.long, device=tensor.device)
+                self._columns[name], self._noted[name] = chosen, tensor.detach().index_select(1, index)
             else:
                 self._unnoted += 1
             yield name, tensor
 
+    @contextmanager
+    def comparing(self, sampler: Sampler) -> Iterator[ReadBackResult]:
+        """Read the noted weights from a sampler while it samples.
+
+        Yields:
+            The result; empty until the end of the block.
+        """
+        result = ReadBackResult()
+        with sampler.reading(self._columns) as held:
+            yield result
+        result.checked = len(held)
+        result.unchecked = len(self._noted) - len(held) + self._unnoted
+        for name, parts in held.items():
+            if not all(_equal(self._noted[name], part) for part in parts):
+                result.different.append(name)
+                if not all(part.isfinite().all() for part in (self._noted[name], *parts)):
+                    result.not_finite.append(name)
+
     def compare(self, sampler: Sampler) -> ReadBackResult:
         """Read the noted weights from a sampler."""
-        found = sampler.read_weights(self._columns)
-        different = [
-            name for name, parts in found.items() if not all(_equal(self._noted[name], part) for part in parts)
-        ]
-        return ReadBackResult(len(found), len(self._noted) - len(found) + self._unnoted, different)
+        with self.comparing(sampler) as result:
+            pass
+        return result
 
 
 def _equal(pushed: Tensor, held: Tensor) -> bool:

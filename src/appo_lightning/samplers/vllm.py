@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,10 +28,9 @@ from appo_lightning.samplers._common import (
     preserved_torch_rng,
 )
 from appo_lightning.samplers._vllm_engine import import_vllm, preserved_process, shut_down, start_engine
+from appo_lightning.samplers._vllm_reading import ADAPTER_ID, WeightReader, count_cached_tokens
 from appo_lightning.samplers._vllm_weights import (
-    ADAPTER_ID,
     checked_adapter,
-    read_weights,
     repack_tied_head,
     room_for_rank,
     set_adapter,
@@ -188,11 +187,26 @@ class VLLMSampler(Sampler):
             rpc(set_adapter, args=(adapter,))
 
     def read_weights(self, columns: Mapping[str, Sequence[int]]) -> dict[str, list[torch.Tensor]]:
+        with self.reading(columns) as held:
+            pass
+        return held
+
+    @contextmanager
+    def reading(self, columns: Mapping[str, Sequence[int]]) -> Iterator[dict[str, list[torch.Tensor]]]:
         engine = self._running()
-        with ordinary_tensors(), self._sampling_threads(), self._failing_for_good("tell its weights"):
+        held: dict[str, list[torch.Tensor]] = {}
+        with self._telling_weights():
             rpc: Any = engine.collective_rpc
-            held: dict[str, list[torch.Tensor]] = rpc(read_weights, args=(columns,))[0]
-            return held
+            reader: WeightReader = rpc(WeightReader, args=(columns,))[0]
+        # A compiled model would be compiled anew for every layer that listens.
+        with reader.listening() if engine.vllm_config.model_config.enforce_eager else nullcontext():
+            yield held
+        with self._telling_weights():
+            held.update(reader.read())
+
+    @property
+    def cached_tokens(self) -> int:
+        return count_cached_tokens(self._running())
 
     def sleep(self) -> None:
         if not self.sleep_between_phases or self._asleep or self._engine is None or self._failure is not None:
@@ -387,6 +401,11 @@ class VLLMSampler(Sampler):
             yield engine
             if not engine.reset_prefix_cache():
                 raise SamplerError("vLLM kept its prefix cache, which belongs to the old weights")
+
+    @contextmanager
+    def _telling_weights(self) -> Iterator[None]:
+        with ordinary_tensors(), self._sampling_threads(), self._failing_for_good("tell its weights"):
+            yield
 
     @contextmanager
     def _failing_for_good(self, action: str) -> Iterator[None]:

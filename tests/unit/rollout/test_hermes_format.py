@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from appo_lightning.rollout.episode import Prefix
 from appo_lightning.rollout.formats.hermes import HermesFormat
 from appo_lightning.rollout.limits import RolloutLimits
-from appo_lightning.rollout.loop import Prefix, RolloutLoop
+from appo_lightning.rollout.loop import RolloutLoop
 from appo_lightning.rollout.prompts import build_task
 from appo_lightning.rollout.tree import branch_prefixes
 from appo_lightning.tools.base import Tool

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from appo_lightning.rollout.episode import Prefix
 from appo_lightning.rollout.limits import RolloutLimits
-from appo_lightning.rollout.loop import Prefix, RolloutLoop
+from appo_lightning.rollout.loop import RolloutLoop
 from appo_lightning.rollout.sessions import EpisodeSession, calls_to_replay, digest_of
 from appo_lightning.rollout.tree import branch_prefixes
 from appo_lightning.tools.base import Tool

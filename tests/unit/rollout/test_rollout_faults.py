@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from appo_lightning.errors import ConfigurationError, EngineFailure, SamplerError
+from appo_lightning.rollout.episode import Prefix
 from appo_lightning.rollout.limits import RolloutLimits
-from appo_lightning.rollout.loop import Prefix, RolloutLoop
+from appo_lightning.rollout.loop import RolloutLoop
 from appo_lightning.rollout.seeds import derive_seed
 from appo_lightning.rollout.tree import score_rewards
 from appo_lightning.samplers.base import Completion, SampleRequest

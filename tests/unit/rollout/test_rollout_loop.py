@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from appo_lightning.errors import ConfigurationError, DataError, SamplerError
+from appo_lightning.rollout.episode import Prefix
 from appo_lightning.rollout.limits import RolloutLimits
-from appo_lightning.rollout.loop import Prefix, RolloutLoop
+from appo_lightning.rollout.loop import RolloutLoop
 from appo_lightning.tools.base import Tool
 from appo_lightning.types import ToolCall, Trajectory
 from helpers.scripted import (

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from appo_lightning.rollout.episode import Prefix
 from appo_lightning.rollout.limits import RolloutLimits
-from appo_lightning.rollout.loop import Prefix, RolloutLoop
+from appo_lightning.rollout.loop import RolloutLoop
 from appo_lightning.rollout.slots import SlotQueue
 from helpers.scripted import EchoTool, ScriptedSampler, after, make_task, scripted_tokenizer
 from helpers.tiny import EOS

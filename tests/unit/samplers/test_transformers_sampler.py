@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from appo_lightning.errors import SamplerError
+from appo_lightning.errors import ConfigurationError, SamplerError
 from appo_lightning.samplers._common import StopStrings, find_eos_token_ids
 from appo_lightning.samplers.base import SampleRequest, generate
 from appo_lightning.samplers.transformers import TransformersSampler, processed_logprobs
@@ -95,6 +95,12 @@ def test_starting_leaves_the_random_state_alone_and_works_once(tmp_path: Path) -
 def test_a_sampler_that_was_not_started_says_so() -> None:
     with pytest.raises(SamplerError, match="call start first"):
         TransformersSampler().submit(SampleRequest(0, [1], 1, seed=0))
+
+
+def test_a_sampler_of_whole_weights_refuses_adapters_early_and_late() -> None:
+    for hand_over in (lambda: TransformersSampler().expect_adapter(4), lambda: TransformersSampler().load_adapter([])):
+        with pytest.raises(ConfigurationError, match="TransformersSampler does not: use merge"):
+            hand_over()
 
 
 def test_bfloat16_weights_are_kept_and_logprobs_stay_float32(tmp_path: Path) -> None:

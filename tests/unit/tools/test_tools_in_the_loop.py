@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from appo_lightning.rollout.loop import Prefix, RolloutLimits, RolloutLoop
+from appo_lightning.rollout.episode import Prefix
+from appo_lightning.rollout.limits import RolloutLimits
+from appo_lightning.rollout.loop import RolloutLoop
 from appo_lightning.tools.cassette import CassetteTool
 from appo_lightning.tools.function import FunctionTool
 from helpers.scripted import ScriptedSampler, after, make_task, scripted_tokenizer

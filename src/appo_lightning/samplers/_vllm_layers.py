@@ -1,0 +1,63 @@
+"""The layers of a vLLM model under the names that transformers gives their modules.
+
+Needs of vLLM's insides: the layers' classes, a model's name mapper and its map of fused layers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class VLLMLayers:
+    """Finds layers; as they are now, so it is made anew for each use.
+
+    Args:
+        model: vLLM's.
+    """
+
+    def __init__(self, model: Any) -> None:
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+        self._model = model
+        modules = list(model.modules())
+        self.heads = [module for module in modules if isinstance(module, ParallelLMHead)]
+        self.embeddings = [
+            module
+            for module in modules
+            if isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead)
+        ]
+        self.tied = bool(model.config.tie_word_embeddings)
+        mapper = getattr(model, "hf_to_vllm_mapper", None)
+        self._mapper = None if mapper is None else mapper.get_rename_mapper()
+        self._fused = {
+            part: (fused, index)
+            for fused, parts in (getattr(model, "packed_modules_mapping", None) or {}).items()
+            if len(parts) > 1
+            for index, part in enumerate(parts)
+        }
+
+    def renamed(self, module: str) -> str:
+        """vLLM's name of a module, were it not fused with others."""
+        return module if self._mapper is None else str(self._mapper.map_name(module) or module)
+
+    def path(self, module: str) -> tuple[str, int | None]:
+        """vLLM's name of the layer that does a module's work, with the module's number inside a fused one."""
+        name = self.renamed(module)
+        parent, _, own = name.rpartition(".")
+        if own not in self._fused:
+            return name, None
+        fused, index = self._fused[own]
+        return f"{parent}.{fused}", index
+
+    def places(self, module: str) -> list[tuple[Any, int | None]]:
+        """Layers that hold a module's weight, each with the module's number inside a fused one; [] if there is none."""
+        path, index = self.path(module)
+        try:
+            layer = self._model.get_submodule(path)
+        except AttributeError:
+            return []
+        layer = getattr(layer, "base_layer", layer)  # below an adapter
+        places = [(layer, index)]
+        if self.tied and layer in self.embeddings:
+            places += [(head, None) for head in self.heads]
+        return places

@@ -1,0 +1,162 @@
+"""Columns of weights, read back from what a vLLM engine computes with.
+
+Needs of vLLM's insides: the layers' ``quant_method``, the packed weights of CPUs (``cpu_linear``), the LoRA manager's
+buffers, and the block pool of the prefix cache.
+
+Runs in the process of the engine, by ``collective_rpc``. Axis letters: ``K`` inputs, ``N`` outputs, ``C`` columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from appo_lightning.samplers._vllm_layers import VLLMLayers
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+ADAPTER_ID = 1  # the only adapter of an engine
+
+
+def count_cached_tokens(engine: LLMEngine) -> int:
+    """See ``Sampler.cached_tokens``."""
+    client: Any = engine.engine_core
+    pool = client.engine_core.scheduler.kv_cache_manager.block_pool
+    return len(pool.cached_block_hash_to_block) * int(engine.vllm_config.cache_config.block_size)
+
+
+class WeightReader:
+    """Reads columns of weights; see ``Sampler.reading``.
+
+    Args:
+        worker: vLLM's.
+        columns: as in ``Sampler.read_weights``.
+    """
+
+    def __init__(self, worker: Any, columns: Mapping[str, Sequence[int]]) -> None:
+        self._columns = columns
+        self._layers = VLLMLayers(worker.get_model())
+        self._manager = getattr(getattr(worker.model_runner, "lora_manager", None), "_adapter_manager", None)
+        self._places: dict[str, list[tuple[Any, int | None]]] = {}
+        # Parts of a fused layer share one: their columns are the same.
+        self._packed: dict[tuple[Any, tuple[int, ...]], _PackedColumns] = {}
+        for name, chosen in columns.items():
+            module, _, leaf = name.rpartition(".")
+            self._places[name] = self._layers.places(module)
+            for layer, _ in self._places[name]:
+                key = (layer, tuple(chosen))
+                if leaf == "weight" and key not in self._packed and _is_packed(layer):
+                    self._packed[key] = _PackedColumns(layer, chosen)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Around a step of the engine: read the packed weights that it passes over anyway."""
+        with ExitStack() as stack:
+            for packed in self._packed.values():
+                stack.enter_context(packed.listening())
+            yield
+
+    def read(self) -> dict[str, list[Tensor]]:
+        """By name, columns [N, C] or a vector [N] from each place that holds the weight."""
+        found = {name: self._adapter(name) or self._weight(name) for name in self._columns}
+        return {name: parts for name, parts in found.items() if parts}
+
+    def _weight(self, name: str) -> list[Tensor]:
+        parts = []
+        for layer, index in self._places[name]:
+            whole = self._whole(layer, name.rpartition(".")[2], self._columns[name])
+            if whole is not None:
+                parts.append(_part(layer, index, whole))
+        return parts
+
+    def _whole(self, layer: Any, leaf: str, columns: Sequence[int]) -> Tensor | None:
+        packed = self._packed.get((layer, tuple(columns))) if leaf == "weight" else None
+        if packed is not None:
+            return packed.read()
+        weight = getattr(layer, leaf, None)
+        if not isinstance(weight, Tensor):
+            return None
+        if leaf == "weight" and getattr(layer, "quant_method", None) is not None:
+            return weight[:, list(columns)] if _is_unquantised(layer) else None
+        return weight if weight.dim() == 1 else None  # norms, biases
+
+    def _adapter(self, name: str) -> list[Tensor]:
+        module, _, side = name.removesuffix(".weight").rpartition(".lora_")
+        manager, columns = self._manager, self._columns[name]
+        if not module or manager is None or ADAPTER_ID not in manager.lora_index_to_id:
+            return []
+        path, index = self._layers.path(module)
+        layer = manager.modules.get(path)
+        if layer is None:
+            return []
+        slot = manager.lora_index_to_id.index(ADAPTER_ID)
+        if side == "B":
+            return [layer.lora_b_stacked[index or 0][slot, 0][:, list(columns)]]
+        rank = manager.get_adapter(ADAPTER_ID).rank  # there may be room for more
+        return [layer.lora_a_stacked[index or 0][slot, 0, :rank][:, list(columns)]]
+
+
+class _PackedColumns:
+    """Columns [N, C] of a weight that is packed into a form which nothing but the product can read.
+
+    The product with unit vectors gives columns, to the bit: all other terms of its sums are 0. It takes one pass over
+    the weight, as any product with few rows does, so the rows of a step of the engine and the unit vectors share one.
+    """
+
+    def __init__(self, layer: Any, columns: Sequence[int]) -> None:
+        self._layer, self._compute = layer, layer.cpu_linear
+        self._units = torch.zeros(len(columns), layer.input_size, dtype=layer.params_dtype)
+        self._units.scatter_(1, torch.tensor(columns, dtype=torch.long)[:, None], 1)
+        self._product: Tensor | None = None  # [C, N]
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        self._layer.cpu_linear = self._listen
+        try:
+            yield
+        finally:
+            self._layer.cpu_linear = self._compute
+
+    def _listen(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self._product is not None or bias is not None or inputs.dim() != 2:
+            result: Tensor = self._compute(inputs, weight, bias)
+            return result
+        both = self._compute(torch.cat([inputs, self._units]), weight, None)
+        self._product = both[len(inputs) :]
+        return both[: len(inputs)]
+
+    def read(self) -> Tensor:
+        if self._product is None:
+            self._product = self._compute(self._units, self._layer.weight, None)
+        return self._product.T
+
+
+def _is_packed(layer: Any) -> bool:
+    from vllm.model_executor.layers.linear import LinearBase
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+    from vllm.platforms import current_platform
+
+    # An embedding is looked up in its weight as it is.
+    kinds = LinearBase | ParallelLMHead
+    return bool(current_platform.is_cpu()) and isinstance(layer, kinds) and _is_unquantised(layer)
+
+
+def _is_unquantised(layer: Any) -> bool:
+    # Others hold other numbers than were pushed, on purpose.
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+    from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+
+    return isinstance(getattr(layer, "quant_method", None), UnquantizedLinearMethod | UnquantizedEmbeddingMethod)
+
+
+def _part(layer: Any, index: int | None, whole: Tensor) -> Tensor:
+    if index is not None:
+        start = sum(layer.output_sizes[:index])
+        return whole[start : start + layer.output_sizes[index]]
+    # A vocabulary is padded inside vLLM.
+    return whole[: layer.org_vocab_size] if hasattr(layer, "org_vocab_size") else whole
