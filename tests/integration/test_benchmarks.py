@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from helpers.tiny_encoder import save_tiny_encoder
+
 TOOLS = Path(__file__).parents[2] / "tools"
 NAMES = sorted(path.stem for path in TOOLS.glob("bench_*.py"))
 
@@ -47,6 +49,15 @@ def test_what_the_overhead_benchmark_watches_exists(monkeypatch):
 def test_scoring(run):
     figures = run("bench_scoring", "--lengths", "64", "128", "256", "--rounds", "1")
     assert figures["slopes"]
+
+
+def test_search_by_meaning(run, tmp_path):
+    cache = tmp_path / "cache.json"
+    cache.write_text(json.dumps({"red lamp": "Page 1: a red lamp\nPage 2: a green door", "sea": "Page 1: the sea"}))
+    encoder = save_tiny_encoder(tmp_path, ["red", "lamp", "green", "door", "sea", "a", "the"])
+    figures = run("bench_dense", "--cache", str(cache), "--encoder", encoder, "--max-tokens", "16")
+    assert figures["documents"] == 3
+    assert figures["rows"]["by words"]["found"] == 1
 
 
 @pytest.mark.engine

@@ -6,12 +6,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BertModel, BertTokenizer
 
 from appo_lightning.errors import ConfigurationError, DataError
 from appo_lightning.tools import dense
 from appo_lightning.tools.dense import DenseSearchTool, nearest
 from appo_lightning.types import Task
+from helpers.tiny_encoder import save_tiny_encoder
 
 TASK = Task("task-0", [1], ("x",))
 DOCUMENTS = ["red lamp", "green door", "blue boat on the lake", "red red red"]
@@ -20,21 +20,7 @@ WORDS = ["red", "lamp", "green", "door", "blue", "boat", "on", "the", "lake", "q
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory) -> str:
-    directory = tmp_path_factory.mktemp("encoder")
-    vocabulary = directory / "vocab.txt"
-    vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
-    BertTokenizer(str(vocabulary)).save_pretrained(directory)
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=5 + len(WORDS),
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=32,
-    )
-    BertModel(config).save_pretrained(directory)
-    return str(directory)
+    return save_tiny_encoder(tmp_path_factory.mktemp("encoder"), WORDS)
 
 
 @pytest.fixture
