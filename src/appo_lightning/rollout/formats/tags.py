@@ -76,8 +76,9 @@ def stop_strings(tool_names: Iterable[str], turn: str = "") -> tuple[str, ...]:
             then goes on, because it holds no call.
     """
     tags = [f"</{name}>" for name in tool_names]
-    rests = [tag[length:] for tag in tags for length in range(1, len(tag)) if turn.endswith(tag[:length])]
-    return tuple(dict.fromkeys([*tags, *rests]))
+    _, opened, begun = turn.rpartition("<")  # a tag has no further one
+    rests = [tag.removeprefix(opened + begun) for tag in tags if opened and tag.startswith(opened + begun)]
+    return tuple(dict.fromkeys([*tags, *filter(None, rests)]))
 
 
 def parse_call(turn: str, tool_names: Iterable[str]) -> ParsedCall | None:
