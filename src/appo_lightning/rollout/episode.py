@@ -105,6 +105,7 @@ class Episode:
         self._given_up.add(name)
         self._sessions.pop(name).close()
 
-    def close(self) -> None:
-        while self._sessions:
-            self._sessions.popitem()[1].close()
+    def take_sessions(self) -> list[EpisodeSession]:
+        """All open sessions, for the caller to close."""
+        sessions, self._sessions = self._sessions, {}
+        return list(sessions.values())
