@@ -145,7 +145,7 @@ def pad_responses(trajectories: Sequence[Trajectory], values: Sequence[Sequence[
     out = np.zeros((len(trajectories), width), dtype=np.float32)
     for row, (trajectory, value) in enumerate(zip(trajectories, values, strict=True)):
         start = len(trajectory.prompt_ids)
-        out[row, start : start + len(trajectory.response_ids)] = value
+        out[row, start : start + len(trajectory.response_ids)] = value.numpy() if isinstance(value, Tensor) else value
     return torch.from_numpy(out)
 
 

@@ -42,11 +42,11 @@ class LogprobGap:
 
 def logprob_gap(trajectories: Sequence[Trajectory], scores: Sequence[TraceScores]) -> LogprobGap:
     """The gap on the sampled tokens of some trajectories, scored by the weights that sampled them."""
-    gaps = [
-        (score.logprobs - torch.tensor(trajectory.behaviour_logprobs))[torch.tensor(trajectory.sampled)]
-        for trajectory, score in zip(trajectories, scores, strict=True)
-    ]
-    return LogprobGap.of(torch.cat(gaps) if gaps else torch.zeros(0))
+    if not trajectories:
+        return LogprobGap()
+    sampler = torch.tensor([logprob for trajectory in trajectories for logprob in trajectory.behaviour_logprobs])
+    sampled = torch.tensor([own for trajectory in trajectories for own in trajectory.sampled], dtype=torch.bool)
+    return LogprobGap.of((torch.cat([score.logprobs for score in scores]) - sampler)[sampled])
 
 
 @dataclass(slots=True)
