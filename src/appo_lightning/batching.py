@@ -140,6 +140,14 @@ def pad_trajectories(trajectories: Sequence[Trajectory]) -> PaddedSequences:
     return PaddedSequences(torch.from_numpy(token_ids), torch.from_numpy(lengths), torch.from_numpy(mask))
 
 
+def response_mask(trajectories: Sequence[Trajectory], width: int) -> Tensor:
+    """[B, width] bool, True on the response of each row."""
+    starts = torch.tensor([len(t.prompt_ids) for t in trajectories], dtype=torch.long)[:, None]
+    lengths = torch.tensor([len(t.response_ids) for t in trajectories], dtype=torch.long)[:, None]
+    position = torch.arange(width)
+    return (position >= starts) & (position < starts + lengths)
+
+
 def pad_responses(trajectories: Sequence[Trajectory], values: Sequence[Sequence[float] | Tensor], width: int) -> Tensor:
     """Values per response token [T] as rows [B, width], 0 on prompts and padding."""
     out = np.zeros((len(trajectories), width), dtype=np.float32)
