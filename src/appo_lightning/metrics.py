@@ -146,12 +146,13 @@ def _write_event(
     from tensorboard.compat.proto.summary_pb2 import Summary
     from torch.utils.tensorboard.summary import histogram
 
+    writer = logger.experiment
     named = _add_prefix(means, logger._prefix, logger.LOGGER_JOIN_CHAR)
     event = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in named.items()])
+    bins = np.asarray(writer.default_bins)
     for name, values in samples.items():
-        numbers = np.asarray(values, dtype=np.float32)
-        event.MergeFrom(histogram(f"{name}_distribution", numbers, logger.experiment.default_bins))
-    logger.experiment._get_file_writer().add_summary(event, step)
+        event.MergeFrom(histogram(f"{name}_distribution", np.asarray(values, dtype=np.float32), bins))
+    writer._get_file_writer().add_summary(event, step)
 
 
 def tensorboard_writer(logger: Any) -> Any | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -207,5 +208,9 @@ def _sample(values: Tensor, limit: int = 4096) -> Tensor:
     return values[:: max(1, -(-len(values) // limit))]
 
 
-def _std(values: list[float]) -> float:
-    return float(torch.tensor(values).std(correction=0)) if values else 0.0
+def _std(values: Sequence[float]) -> float:
+    """Population standard deviation, exactly 0 where all values are equal."""
+    if not values or min(values) == max(values):
+        return 0.0
+    mean = sum(values) / len(values)
+    return math.sqrt(sum((value - mean) ** 2 for value in values) / len(values))

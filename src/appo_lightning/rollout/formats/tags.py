@@ -47,10 +47,13 @@ class TagSyntax(CallSyntax):
     def __init__(self, tokenizer: PreTrainedTokenizerBase, tool_names: Sequence[str]) -> None:
         self._tokenizer, self._names = tokenizer, tuple(tool_names)
         self._encoder = ResultEncoder(tokenizer, tool_names)
+        self._nothing_written = Turn(stop=stop_strings(self._names))
 
     def read_turn(self, ids: Sequence[int], finish: str | None) -> Turn:
         if finish == "eos":
             return Turn(over=True)
+        if not ids:
+            return self._nothing_written
         text = decode_tokens(self._tokenizer, ids)
         call = parse_call(text, self._names)
         if call is None:
