@@ -51,7 +51,8 @@ WATCHED: list[tuple[str, str, str]] = [
     ("appo_lightning.callbacks.weight_sync", "SamplerWeightSync.on_train_batch_end", "statistics"),
     ("appo_lightning.callbacks.progress", "RolloutProgressBar.rollout", "progress bar"),
     ("lightning.pytorch.callbacks", "TQDMProgressBar.on_train_batch_end", "progress bar"),
-    ("appo_lightning.policy.causal_lm", "CausalPolicy.forward", "forward and backward"),
+    ("appo_lightning.policy.causal_lm", "CausalPolicy.score", "forward and backward"),
+    ("appo_lightning.module", "AppoModule._loss", "forward and backward"),
     ("lightning.pytorch", "LightningModule.manual_backward", "forward and backward"),
     ("torch.optim", "AdamW.step", "optimiser"),
     ("appo_lightning.policy_module", "PolicyModule._clip_gradients", "optimiser"),
@@ -114,7 +115,7 @@ def watch(clock: Clock) -> None:
         *parents, name = path.split(".")
         for parent in parents:
             owner = getattr(owner, parent)
-        if path == "CausalPolicy.forward":
+        if path == "CausalPolicy.score":
             wrap(owner, name, lambda _: "forward and backward" if torch.is_grad_enabled() else "forward")
         else:
             wrap(owner, name, lambda _, row=row: row)

@@ -32,7 +32,7 @@ class RolloutProgressBar(TQDMProgressBar):
             self._stage = stage
         now = time.monotonic()
         # Drawing costs more than finishing a short rollout.
-        if now - self._drawn > 0.2 or done == total:
+        if now - self._drawn > 0.5 or done == total:
             self._rollouts.n, self._rollouts.total = done, total
             self._rollouts.refresh()
             self._drawn = now
