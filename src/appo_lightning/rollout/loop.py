@@ -359,8 +359,8 @@ class RolloutLoop:
         episode.append_results(results)
 
     def _close(self, episode: Episode) -> None:
-        for session in episode.take_sessions():
-            self._closer.submit(session.close)
+        if episode.has_sessions:
+            self._closer.submit(episode.close)
 
     def _trajectory(self, episode: Episode, policy_version: int) -> Trajectory:
         assert episode.stop_reason is not None
