@@ -52,7 +52,8 @@ WATCHED: list[tuple[str, str, str]] = [
     ("appo_lightning.callbacks.weight_sync", "SamplerWeightSync.on_train_batch_end", "statistics"),
     ("appo_lightning.callbacks.progress", "RolloutProgressBar.rollout", "progress bar"),
     ("lightning.pytorch.callbacks", "TQDMProgressBar.on_train_batch_end", "progress bar"),
-    ("appo_lightning.policy.causal_lm", "CausalPolicy.forward", "forward and backward"),
+    ("appo_lightning.policy.causal_lm", "CausalPolicy.score", "forward and backward"),
+    ("appo_lightning.module", "AppoModule._loss", "forward and backward"),
     ("lightning.pytorch", "LightningModule.manual_backward", "forward and backward"),
     ("torch.optim", "AdamW.step", "optimiser"),
     ("appo_lightning.policy_module", "PolicyModule._clip_gradients", "optimiser"),
@@ -61,16 +62,20 @@ WATCHED: list[tuple[str, str, str]] = [
 
 
 class Clock:
-    """Gives each moment of the main thread to one row."""
+    """Gives each moment of the main thread to one row, and the CPU time that the thread had in it.
+
+    The difference is what it waited for: other processes and its own tool threads want the cores too.
+    """
 
     def __init__(self) -> None:
         self.seconds: Counter[str] = Counter()
+        self.cpu_seconds: Counter[str] = Counter()
         self._rows = ["Lightning"]
-        self._since: float | None = None  # None: stopped
+        self._since: tuple[float, float] | None = None  # None: stopped
         self._thread = threading.get_ident()
 
     def start(self) -> None:
-        self._since = time.perf_counter()
+        self._since = time.perf_counter(), time.thread_time()
 
     def stop(self) -> None:
         self._book()
@@ -78,8 +83,9 @@ class Clock:
 
     def _book(self) -> None:
         if self._since is not None:
-            now = time.perf_counter()
-            self.seconds[self._rows[-1]] += now - self._since
+            now = time.perf_counter(), time.thread_time()
+            self.seconds[self._rows[-1]] += now[0] - self._since[0]
+            self.cpu_seconds[self._rows[-1]] += now[1] - self._since[1]
             self._since = now
 
     def claim(self, row: str, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
@@ -115,7 +121,7 @@ def watch(clock: Clock) -> None:
         *parents, name = path.split(".")
         for parent in parents:
             owner = getattr(owner, parent)
-        if path == "CausalPolicy.forward":
+        if path == "CausalPolicy.score":
             wrap(owner, name, lambda _: "forward and backward" if torch.is_grad_enabled() else "forward")
         else:
             wrap(owner, name, lambda _, row=row: row)
@@ -145,13 +151,15 @@ def measure(arguments: list[str], *, warm_up: int, steps: int) -> dict[str, Any]
     lightning_cli.AppoCLI._fixed_callbacks = lambda self: [*fixed(self), Window()]  # type: ignore[method-assign]
     watch(clock)
     lightning_cli.run("fit", [*arguments, "--trainer.max_steps", str(warm_up + steps)])
-    total = sum(clock.seconds.values())
+    total, cpu_total = sum(clock.seconds.values()), sum(clock.cpu_seconds.values())
     return {
         "steps": steps,
         "seconds_per_step": total / steps,
         "response_tokens": sum(tokens) / len(tokens),
         "seconds": {row: clock.seconds[row] / steps for row in ROWS},
+        "cpu_seconds": {row: clock.cpu_seconds[row] / steps for row in ROWS},
         "overhead_share": 1 - sum(clock.seconds[row] for row in USEFUL) / total,
+        "cpu_overhead_share": 1 - sum(clock.cpu_seconds[row] for row in USEFUL) / cpu_total,
     }
 
 
@@ -211,6 +219,7 @@ def print_table(results: dict[str, dict[str, Any]]) -> None:
     print(f"{'all':28}" + "".join(f"{result['seconds_per_step']:14.3f}{1:10.1%}" for result in results.values()))
     below = f"all but the first {len(USEFUL)} rows"
     print(f"{below:28}" + "".join(f"{result['overhead_share']:24.1%}" for result in results.values()))
+    print(f"{'  by CPU time':28}" + "".join(f"{result['cpu_overhead_share']:24.1%}" for result in results.values()))
     print(f"{'tokens per response':28}" + "".join(f"{result['response_tokens']:24,.0f}" for result in results.values()))
 
 

@@ -140,12 +140,20 @@ def pad_trajectories(trajectories: Sequence[Trajectory]) -> PaddedSequences:
     return PaddedSequences(torch.from_numpy(token_ids), torch.from_numpy(lengths), torch.from_numpy(mask))
 
 
+def response_mask(trajectories: Sequence[Trajectory], width: int) -> Tensor:
+    """[B, width] bool, True on the response of each row."""
+    starts = torch.tensor([len(t.prompt_ids) for t in trajectories], dtype=torch.long)[:, None]
+    lengths = torch.tensor([len(t.response_ids) for t in trajectories], dtype=torch.long)[:, None]
+    position = torch.arange(width)
+    return (position >= starts) & (position < starts + lengths)
+
+
 def pad_responses(trajectories: Sequence[Trajectory], values: Sequence[Sequence[float] | Tensor], width: int) -> Tensor:
     """Values per response token [T] as rows [B, width], 0 on prompts and padding."""
     out = np.zeros((len(trajectories), width), dtype=np.float32)
     for row, (trajectory, value) in enumerate(zip(trajectories, values, strict=True)):
         start = len(trajectory.prompt_ids)
-        out[row, start : start + len(trajectory.response_ids)] = value
+        out[row, start : start + len(trajectory.response_ids)] = value.numpy() if isinstance(value, Tensor) else value
     return torch.from_numpy(out)
 
 

@@ -28,6 +28,7 @@ from appo_lightning.batching import (
     TraceScores,
     pad_trajectories,
     padding_of,
+    response_mask,
     split_by_tokens,
 )
 from appo_lightning.errors import ConfigurationError, DataError, NonFiniteLossError
@@ -166,16 +167,14 @@ class AppoModule(PolicyModule):
 
     def score(self, trajectories: Sequence[Trajectory], *, temperature: float) -> list[TraceScores]:
         """Log-probs and entropies of the sampled tokens with the current weights, in the order given."""
+        sequences = pad_trajectories(trajectories)
         with self.scoring():
-            scored = self._score_rows(pad_trajectories(trajectories), temperature)
-        return [
-            TraceScores(
-                scored.logprobs[row, (start := len(t.prompt_ids)) : start + len(t.response_ids)].clone(),
-                scored.entropies[row, start : start + len(t.response_ids)].clone(),
-            )
-            for row, t in enumerate(trajectories)
-            if scored.entropies is not None
-        ]
+            scored = self._score_rows(sequences, temperature)
+        assert scored.entropies is not None
+        inside = response_mask(trajectories, sequences.mask.shape[1])
+        lengths = [len(trajectory.response_ids) for trajectory in trajectories]
+        columns = (values[inside].split(lengths) for values in (scored.logprobs, scored.entropies))
+        return [TraceScores(*tensors) for tensors in zip(*columns, strict=True)]
 
     def score_previous(self, trajectories: Sequence[Trajectory], *, temperature: float) -> list[Tensor]:
         """Log-probs [T] by the weights at the beginning of the phase before this one."""

@@ -6,6 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from appo_lightning import metrics as module
 from appo_lightning.metrics import MetricSums, log_metrics
@@ -102,3 +105,23 @@ def test_rank_zero_writes_and_every_rank_knows(zero):
     metrics.add("m", 2.0)
     assert log_metrics(trainer, metrics) == {"m": 2.0}  # type: ignore[arg-type]
     assert written == ([({"m": 2.0}, 7)] if zero else [])
+
+
+def test_a_call_is_one_event_with_every_number_and_histogram(tmp_path):
+    logger = TensorBoardLogger(tmp_path, name="", version="", prefix="p")
+    metrics = MetricSums()
+    metrics.add("m", [1.0, 2.0, 2.0], histogram=True)
+    metrics.add("n", 5.0)
+    log_metrics(SimpleNamespace(global_step=3, is_global_zero=True, loggers=[logger]), metrics)  # type: ignore[arg-type]
+    logger.experiment.close()
+    (path,) = tmp_path.glob("events*")
+    header, event = EventFileLoader(str(path)).Load()
+    assert header.HasField("file_version")
+    assert event.step == 3
+    told = EventAccumulator(str(path), purge_orphaned_data=False).Reload()
+    assert {name: told.Scalars(name)[0].value for name in told.Tags()["scalars"]} == {
+        "p-m": pytest.approx(5 / 3),
+        "p-n": 5.0,
+    }
+    (shown,) = told.Histograms("m_distribution")
+    assert (shown.step, shown.histogram_value.num, shown.histogram_value.sum) == (3, 3.0, 5.0)

@@ -104,6 +104,10 @@ def test_the_budget_cuts_a_tree_and_the_beginning_is_computed_again() -> None:
     assert [pack.length for pack in plan_packs(*padded(rows), budget=1)] == [4] * 5
 
 
+def test_no_rows_are_no_packs() -> None:
+    assert plan_packs(torch.zeros((0, 1), dtype=torch.long), torch.zeros(0, dtype=torch.long), budget=9) == []
+
+
 def test_prompts_share_what_they_begin_with_too() -> None:
     (pack,) = plan_packs(*padded([[1, 2, 3], [9, 9], [1, 2, 4]]), budget=99)
     assert (pack.rows, pack.shared, pack.length) == ([0, 2, 1], [0, 2, 0], 6)

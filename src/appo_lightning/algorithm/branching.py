@@ -6,7 +6,7 @@ token positions: pad them at tokens that were not sampled.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -152,20 +152,24 @@ def select_branch_points(
     allowed = candidate_mask & eligible
     require_finite("score", score[allowed])
 
-    points: list[BranchPoint] = []
-    groups = list(_groups(root_prompt, scope))
-    counts = [count] * len(groups) if isinstance(count, int) else list(count)
-    for limit in counts or ([count] if isinstance(count, int) else []):
+    group_of_root, num_groups = _groups(root_prompt, scope)
+    limits = [count] * num_groups if isinstance(count, int) else list(count)
+    for limit in limits or ([count] if isinstance(count, int) else []):
         require_at_least("count", limit, 0, "give the number of branches per root or prompt")
-    for rows, limit in zip(groups, counts, strict=True):
-        # Transposed, so that candidates are listed by position, then root: a stable sort keeps that order in ties.
-        position, member = allowed[rows].T.nonzero(as_tuple=True)
-        root = rows[member]
-        best = score[root, position].sort(descending=True, stable=True).indices[:limit]
-        root, position = root[best], position[best]
-        columns = (root, position, score[root, position], entropy_z[root, position], future_value_z[root, position])
-        points += [BranchPoint(*fields) for fields in zip(*(column.tolist() for column in columns), strict=True)]
-    return points
+    if len(limits) != num_groups:
+        raise ValueError(f"count must have {num_groups} entries, got {len(limits)}: one for each root or prompt")
+    # Transposed, so that candidates are listed by position, then root: stable sorts keep that order in ties.
+    position, root = allowed.T.nonzero(as_tuple=True)
+    best = score[root, position].sort(descending=True, stable=True).indices
+    best = best[group_of_root[root[best]].sort(stable=True).indices]
+    root, position = root[best], position[best]
+    group = group_of_root[root]
+    sizes = group.bincount(minlength=num_groups)
+    rank = torch.arange(len(group), device=group.device) - (sizes.cumsum(0) - sizes)[group]
+    chosen = rank < torch.tensor(limits, dtype=torch.long, device=group.device)[group]
+    root, position = root[chosen], position[chosen]
+    columns = (root, position, score[root, position], entropy_z[root, position], future_value_z[root, position])
+    return [BranchPoint(*fields) for fields in zip(*(column.tolist() for column in columns), strict=True)]
 
 
 def share_branches(rewards: Sequence[Sequence[float]], total: int) -> list[int]:
@@ -193,12 +197,13 @@ def share_branches(rewards: Sequence[Sequence[float]], total: int) -> list[int]:
     return shares
 
 
-def _groups(root_prompt: Tensor, scope: Scope) -> Iterator[Tensor]:
-    """Yield the rows that share one budget of branches."""
+def _groups(root_prompt: Tensor, scope: Scope) -> tuple[Tensor, int]:
+    """[B] number of the budget that each row shares, in the order of their first row; and how many there are."""
     if scope == "root":
-        yield from torch.arange(len(root_prompt), device=root_prompt.device).unsqueeze(1)
-    elif scope == "prompt":
-        for prompt in dict.fromkeys(root_prompt.tolist()):
-            yield (root_prompt == prompt).nonzero().squeeze(1)
-    else:
+        return torch.arange(len(root_prompt), device=root_prompt.device), len(root_prompt)
+    if scope != "prompt":
         raise ConfigurationError(f"scope must be 'root' or 'prompt', got {scope!r}: 'root' is the paper")
+    prompts = root_prompt.tolist()
+    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
+    numbered = torch.tensor([numbers[prompt] for prompt in prompts], dtype=torch.long, device=root_prompt.device)
+    return numbered, len(numbers)

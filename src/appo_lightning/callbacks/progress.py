@@ -24,20 +24,19 @@ class RolloutProgressBar(TQDMProgressBar):
         """Show how many rollouts of a stage are finished."""
         if self.is_disabled or not self._is_enabled:
             return
+        now = time.monotonic()
         if self._rollouts is None or stage != self._stage:
             self._close()
             self._rollouts = tqdm(
                 desc=f"  {stage}", total=total, position=2, leave=False, file=sys.stdout, dynamic_ncols=True
             )
-            self._stage = stage
-        now = time.monotonic()
-        # Drawing costs more than finishing a short rollout.
-        if now - self._drawn > 0.2 or done == total:
+            self._stage, self._drawn = stage, now
+        if done == total:
+            self._close()
+        elif now - self._drawn > 0.5:  # drawing costs more than finishing a short rollout
             self._rollouts.n, self._rollouts.total = done, total
             self._rollouts.refresh()
             self._drawn = now
-        if done == total:
-            self._close()
 
     @property
     def _is_enabled(self) -> bool:

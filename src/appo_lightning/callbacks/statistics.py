@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,7 +18,8 @@ from appo_lightning.errors import ConfigurationError
 from appo_lightning.metrics import MetricSums, log_metrics, tensorboard_writer
 from appo_lightning.reports.text import most_telling, render_tree
 from appo_lightning.rollout.runner import PhaseRunner, PhaseTimes
-from appo_lightning.types import StopReason
+from appo_lightning.rollout.tree import rewards_of
+from appo_lightning.types import RolloutTree, StopReason
 
 
 class RolloutStatistics(L.Callback):
@@ -139,28 +142,36 @@ class BranchStatistics(L.Callback):
         if data.branching.uses_gain:
             metrics.add("branch/fallback_fraction", batch.fallback)
         metrics.add("branch/score", batch.branch_score, histogram=True)
-        for tree in batch.trees:
-            self._add_tree(metrics, tree)
+        _add_branches(metrics, batch.trees)
         log_metrics(trainer, metrics)
 
-    def _add_tree(self, metrics: MetricSums, tree: Any) -> None:
-        outcomes: dict[tuple[int, int], list[float]] = {}
-        for branch in tree.branches:
-            root, point = tree.roots[branch.point.root], branch.point
-            metrics.add("branch/entropy_z", point.entropy_z, histogram=True)
-            metrics.add("branch/future_value_z", point.future_value_z, histogram=True)
-            metrics.add("branch/relative_position", point.position / max(1, len(root.response_ids) - 1), histogram=True)
-            edges = [edge for call in root.tool_calls for edge in (call.output_start, call.output_stop)]
-            if edges:
-                distance = min(abs(point.position - edge) for edge in edges)
-                metrics.add("branch/distance_to_tool_call", distance, histogram=True)
-            metrics.add("branch/reward", branch.trajectory.reward)
-            metrics.add("branch/root_reward", root.reward)
-            metrics.add("branch/reward_minus_root", branch.trajectory.reward - root.reward)
-            metrics.add("branch/continuation_tokens", branch.trajectory.num_sampled)
-            outcomes.setdefault((point.root, point.position), [root.reward]).append(branch.trajectory.reward)
-        # The root itself is one continuation of each of its branch points.
-        metrics.add("branch/outcome_variance", [_std(rewards) ** 2 for rewards in outcomes.values()])
+
+def _add_branches(metrics: MetricSums, trees: Sequence[RolloutTree]) -> None:
+    """Where branches start, and what they earn beside their root."""
+    branches = [branch for tree in trees for branch in tree.branches]
+    roots = [tree.roots[branch.point.root] for tree in trees for branch in tree.branches]
+    points, continuations = [branch.point for branch in branches], [branch.trajectory for branch in branches]
+    metrics.add("branch/entropy_z", [point.entropy_z for point in points], histogram=True)
+    metrics.add("branch/future_value_z", [point.future_value_z for point in points], histogram=True)
+    lengths = [max(1, len(root.response_ids) - 1) for root in roots]
+    places = [point.position / length for point, length in zip(points, lengths, strict=True)]
+    metrics.add("branch/relative_position", places, histogram=True)
+    distances = [
+        min(abs(point.position - edge) for call in root.tool_calls for edge in (call.output_start, call.output_stop))
+        for point, root in zip(points, roots, strict=True)
+        if root.tool_calls
+    ]
+    metrics.add("branch/distance_to_tool_call", distances, histogram=True)
+    rewards, of_roots = rewards_of(continuations), rewards_of(roots)
+    metrics.add("branch/reward", rewards)
+    metrics.add("branch/root_reward", of_roots)
+    metrics.add("branch/reward_minus_root", [own - root for own, root in zip(rewards, of_roots, strict=True)])
+    metrics.add("branch/continuation_tokens", [continuation.num_sampled for continuation in continuations])
+    outcomes: dict[tuple[int, int], list[float]] = {}
+    for root, point, of_root, own in zip(roots, points, of_roots, rewards, strict=True):
+        outcomes.setdefault((id(root), point.position), [of_root]).append(own)
+    # The root itself is one continuation of each of its branch points.
+    metrics.add("branch/outcome_variance", [_std(outcome) ** 2 for outcome in outcomes.values()])
 
 
 class CreditStatistics(L.Callback):
@@ -197,5 +208,9 @@ def _sample(values: Tensor, limit: int = 4096) -> Tensor:
     return values[:: max(1, -(-len(values) // limit))]
 
 
-def _std(values: list[float]) -> float:
-    return float(torch.tensor(values).std(correction=0)) if values else 0.0
+def _std(values: Sequence[float]) -> float:
+    """Population standard deviation, exactly 0 where all values are equal."""
+    if not values or min(values) == max(values):
+        return 0.0
+    mean = sum(values) / len(values)
+    return math.sqrt(sum((value - mean) ** 2 for value in values) / len(values))

@@ -82,13 +82,16 @@ def plan_row_attention(place: np.ndarray, lengths: Sequence[int], shared: Sequen
         chosen = [row for row in rows if (row in added) == masked]
         first = [shared[row] if masked else 0 for row in range(len(lengths))]
         for members in _of_similar_length(chosen, lengths, first):
-            group = _group(place, members, lengths, first)
-            width = group.queries.shape[1]
-            for index, row in enumerate(members):
-                own = slice(shared[row], lengths[row])
-                source[place[row, own]] = np.arange(own.start, own.stop) + offset + index * width - first[row]
-            groups.append(group if masked else RowGroup(group.keys, group.queries, None))
-            offset += group.queries.numel()
+            starts, stops, own_starts = (np.array([of[row] for row in members]) for of in (first, lengths, shared))
+            keys = place[members, : stops.max()]
+            position = starts[:, None] + np.arange((stops - starts).max())  # in the row, of each that asks
+            asks = position < stops[:, None]
+            queries = np.where(asks, np.take_along_axis(keys, position.clip(max=stops.max() - 1), axis=1), 0)
+            own = asks & (position >= own_starts[:, None])
+            source[queries[own]] = offset + np.flatnonzero(own)
+            offset += queries.size
+            before = torch.from_numpy(starts) if masked else None
+            groups.append(RowGroup(torch.from_numpy(keys), torch.from_numpy(queries), before))
     return RowAttention(groups, torch.from_numpy(source))
 
 
@@ -120,14 +123,6 @@ def _of_similar_length(rows: Iterable[int], lengths: Sequence[int], first: Seque
         groups.append([row])
         real, widest = pairs, lengths[row] - first[row]
     return groups
-
-
-def _group(place: np.ndarray, rows: Sequence[int], lengths: Sequence[int], first: Sequence[int]) -> RowGroup:
-    keys = place[rows, : max(lengths[row] for row in rows)]
-    queries = np.zeros((len(rows), max(lengths[row] - first[row] for row in rows)), dtype=np.int64)
-    for index, row in enumerate(rows):
-        queries[index, : lengths[row] - first[row]] = place[row, first[row] : lengths[row]]
-    return RowGroup(torch.from_numpy(keys), torch.from_numpy(queries), torch.tensor([first[row] for row in rows]))
 
 
 def use_tree_attention(model: Any, *, enabled: bool) -> None:

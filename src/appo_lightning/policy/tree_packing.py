@@ -73,26 +73,23 @@ def plan_packs(token_ids: Tensor, lengths: Tensor, *, budget: int) -> list[Pack]
     sizes = lengths.tolist()
     big_endian = np.ascontiguousarray(ids.astype(">i4"))  # compares like its numbers
     keys = [big_endian[row, :size].tobytes() for row, size in enumerate(sizes)]
+    order = sorted(range(len(sizes)), key=keys.__getitem__)
     packs: list[Pack] = []
-    last = -1
-    for row in sorted(range(len(sizes)), key=keys.__getitem__):
-        if packs:
-            pack, shared = packs[-1], _common_beginning(ids[last, : sizes[last]], ids[row, : sizes[row]])
-            if pack.length + sizes[row] - shared <= budget:
-                pack.rows.append(row)
-                pack.shared.append(shared)
-                pack.length += sizes[row] - shared
-                last = row
-                continue
-        packs.append(Pack([row], [0], sizes[row]))
-        last = row
+    for row, common in zip(order, _shared_with_previous(ids[order], lengths.numpy()[order]), strict=True):
+        if packs and packs[-1].length + sizes[row] - common <= budget:
+            packs[-1].rows.append(row)
+            packs[-1].shared.append(common)
+            packs[-1].length += sizes[row] - common
+        else:
+            packs.append(Pack([row], [0], sizes[row]))
     return packs
 
 
-def _common_beginning(one: np.ndarray, other: np.ndarray) -> int:
-    width = min(len(one), len(other))
-    different = one[:width] != other[:width]
-    return int(different.argmax()) if different.any() else width
+def _shared_with_previous(ids: np.ndarray, lengths: np.ndarray) -> list[int]:
+    """Tokens that each row [B, L] begins with and the row before it too; 0 for the first."""
+    different = ids[1:] != ids[:-1]
+    first = np.where(different.any(axis=1), different.argmax(axis=1), ids.shape[1])
+    return [0, *np.minimum(first, np.minimum(lengths[1:], lengths[:-1])).tolist()][: len(ids)]
 
 
 def pack_tree(token_ids: Tensor, lengths: Tensor, pack: Pack) -> TreePacking:

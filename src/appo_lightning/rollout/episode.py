@@ -105,6 +105,12 @@ class Episode:
         self._given_up.add(name)
         self._sessions.pop(name).close()
 
+    @property
+    def has_sessions(self) -> bool:
+        """Whether there is something to close."""
+        return bool(self._sessions)
+
     def close(self) -> None:
+        """Close all sessions; for any thread, once no tool is called any more."""
         while self._sessions:
             self._sessions.popitem()[1].close()

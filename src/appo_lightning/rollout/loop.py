@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from appo_lightning.errors import AppoError, ConfigurationError, EngineFailure
+from appo_lightning.rollout.closer import Closer
 from appo_lightning.rollout.episode import Answer, Episode, Prefix
 from appo_lightning.rollout.formats.base import CallSyntax, ParsedCall
 from appo_lightning.rollout.formats.tags import TagSyntax
@@ -78,6 +79,7 @@ class RolloutLoop:
                 raise ConfigurationError(f"tool {tool.name!r} must have a time limit, got timeout_s = {tool.timeout_s}")
         self._syntax = syntax or TagSyntax(tokenizer, list(self._tools))
         self._pool: ToolPool[Episode] = ToolPool(limits.tool_workers)
+        self._closer = Closer()
         self._opened = False  # every tool, once
         self.statistics = LoopStatistics()
 
@@ -117,7 +119,7 @@ class RolloutLoop:
             nonlocal finished
             self._advance(episode, pool, waiting)
             if episode.stop_reason is not None:
-                episode.close()
+                self._close(episode)
                 waiting.finish(episode.index)
                 finished += 1
                 if progress is not None:
@@ -162,7 +164,8 @@ class RolloutLoop:
         finally:
             pool.abandon()
             for episode in episodes:
-                episode.close()
+                self._close(episode)
+            self._closer.wait()
         self.statistics.seconds += time.monotonic() - started
         return [self._trajectory(episode, policy_version) for episode in episodes]
 
@@ -354,6 +357,10 @@ class RolloutLoop:
             room=self._room(episode),
         )
         episode.append_results(results)
+
+    def _close(self, episode: Episode) -> None:
+        if episode.has_sessions:
+            self._closer.submit(episode.close)
 
     def _trajectory(self, episode: Episode, policy_version: int) -> Trajectory:
         assert episode.stop_reason is not None

@@ -42,11 +42,11 @@ class LogprobGap:
 
 def logprob_gap(trajectories: Sequence[Trajectory], scores: Sequence[TraceScores]) -> LogprobGap:
     """The gap on the sampled tokens of some trajectories, scored by the weights that sampled them."""
-    gaps = [
-        (score.logprobs - torch.tensor(trajectory.behaviour_logprobs))[torch.tensor(trajectory.sampled)]
-        for trajectory, score in zip(trajectories, scores, strict=True)
-    ]
-    return LogprobGap.of(torch.cat(gaps) if gaps else torch.zeros(0))
+    if not trajectories:
+        return LogprobGap()
+    sampler = torch.tensor([logprob for trajectory in trajectories for logprob in trajectory.behaviour_logprobs])
+    sampled = torch.tensor([own for trajectory in trajectories for own in trajectory.sampled], dtype=torch.bool)
+    return LogprobGap.of((torch.cat([score.logprobs for score in scores]) - sampler)[sampled])
 
 
 @dataclass(slots=True)
@@ -85,12 +85,23 @@ class Branches:
         )
 
 
-def _scores_to_state(scores: Sequence[Sequence[TraceScores]]) -> list[list[tuple[Tensor, Tensor]]]:
-    return [[(score.logprobs, score.entropies) for score in group] for group in scores]
+def _scores_to_state(scores: Sequence[Sequence[TraceScores]]) -> dict[str, Any]:
+    # Two tensors, however many rows: each one takes a checkpoint as long as hundreds of numbers.
+    return {
+        "lengths": [[len(score.logprobs) for score in group] for group in scores],
+        "logprobs": _joined([score.logprobs for group in scores for score in group]),
+        "entropies": _joined([score.entropies for group in scores for score in group]),
+    }
 
 
-def _scores_from_state(state: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> list[list[TraceScores]]:
-    return [[TraceScores(*tensors) for tensors in group] for group in state]
+def _scores_from_state(state: dict[str, Any]) -> list[list[TraceScores]]:
+    lengths = [length for group in state["lengths"] for length in group]
+    scores = map(TraceScores, state["logprobs"].split(lengths), state["entropies"].split(lengths))
+    return [[next(scores) for _ in group] for group in state["lengths"]]
+
+
+def _joined(rows: Sequence[Tensor]) -> Tensor:
+    return torch.cat([*rows, torch.zeros(0)])
 
 
 @dataclass(slots=True)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from appo_lightning.errors import ConfigurationError, DataError
+from appo_lightning.tokens import encode_text
 from appo_lightning.types import Task, TaskRow
 
 if TYPE_CHECKING:
@@ -36,14 +37,10 @@ def build_task(
             f"the tokenizer of {tokenizer.name_or_path!r} has no chat template; use an instruction-tuned model, or set "
             "tokenizer.chat_template and save the tokenizer again"
         )
-    encoded: Any = tokenizer.apply_chat_template(
-        row.messages,
-        tools=None if tools is None else list(tools),
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=False,
+    text: Any = tokenizer.apply_chat_template(
+        row.messages, tools=None if tools is None else list(tools), add_generation_prompt=True, tokenize=False
     )
-    prompt_ids = [int(token) for token in encoded]
+    prompt_ids = encode_text(tokenizer, text)
     if len(prompt_ids) > max_prompt_tokens:
         raise DataError(
             f"task {row.id}: the prompt has {len(prompt_ids)} tokens, the budget is {max_prompt_tokens}; "

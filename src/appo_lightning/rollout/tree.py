@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -198,24 +199,23 @@ def plan_branches(
     roots = [root for tree in trees for root in tree.roots]
     if options.num_branches == 0 or not roots:
         return BranchPlan([[] for _ in trees], [False] * len(roots))
-    gain = [score.logprobs - base for score, base in zip(current, base_logprobs, strict=True)]
-    mask = _pad([torch.tensor(root.sampled, dtype=torch.bool) for root in roots])
+    mask = _pad_numbers([root.sampled for root in roots], np.bool_)
     scored = score_criterion(
         options.criterion,
         _pad([score.entropies for score in current]),
-        _pad(gain),
+        _pad([score.logprobs for score in current]) - _pad(base_logprobs),
         mask,
         gamma=gamma_from_half_life(options.half_life),
         clip=options.clip,
         noise_floor=noise_floor,
         noise_multiple=options.noise_floor_multiple,
         weights=options.weights or (0.5, 0.5),
-        after_tool=tool_boundary_mask(mask, [[call.output_stop for call in root.tool_calls] for root in roots]),
+        after_tool=_after_tool(mask, roots) if options.criterion == "tool_boundary" else None,
         draws=_pad(_uniform_draws(trees, seed)) if options.criterion == "random" else None,
     )
     candidates = branch_candidates(
         mask,
-        is_blank(_pad([torch.tensor(root.response_ids, dtype=torch.long) for root in roots])),
+        is_blank(_pad_numbers([root.response_ids for root in roots], np.int64)),
         max_response_tokens=max_response_tokens,
         min_remaining=options.min_remaining,
     )
@@ -243,6 +243,10 @@ def plan_branches(
     return BranchPlan(plan, scored.fallback.tolist())
 
 
+def _after_tool(mask: Tensor, roots: Sequence[Trajectory]) -> Tensor:
+    return tool_boundary_mask(mask, [[call.output_stop for call in root.tool_calls] for root in roots])
+
+
 def _uniform_draws(trees: Sequence[RolloutTree], seed: int) -> list[Tensor]:
     """A number in [0, 1) per response token of each root: a function of seed, task and root, whatever stands beside
     them, so that branches do not depend on how prompts are spread over processes.
@@ -260,6 +264,14 @@ def _uniform_draws(trees: Sequence[RolloutTree], seed: int) -> list[Tensor]:
 def _pad(rows: Sequence[Tensor]) -> Tensor:
     """[B, T] of values per response token, 0 or False behind the end."""
     return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+
+
+def _pad_numbers(rows: Sequence[Sequence[int]], dtype: type[np.generic]) -> Tensor:
+    """The same of lists."""
+    out = np.zeros((len(rows), max(map(len, rows))), dtype=dtype)
+    for padded, row in zip(out, rows, strict=True):
+        padded[: len(row)] = row
+    return torch.from_numpy(out)
 
 
 def branch_prefixes(tree: RolloutTree, points: Sequence[BranchPoint], *, keep_token: bool, seed: int) -> list[Prefix]:

@@ -378,7 +378,7 @@ def test_a_session_that_opens_too_late_never_gets_the_call():
     assert called == [[], [], ["b"]]
 
 
-def test_sessions_are_closed_as_soon_as_their_trajectory_ends():
+def test_sessions_are_closed_when_their_trajectory_ends_not_when_all_have():
     open_sessions: list[int] = []
 
     class Counting(HangingTool):
@@ -387,10 +387,28 @@ def test_sessions_are_closed_as_soon_as_their_trajectory_ends():
             return super().open(task)
 
     tool = Counting()
-    sampler = ScriptedSampler(ONE_CALL, steps=lambda request: 1 + 4 * request.id)  # one trajectory after the other
+    # One trajectory after the other, with time for the thread that closes.
+    sampler = ScriptedSampler(ONE_CALL, steps=lambda request: 1 + 4 * request.id, step_s=0.005)
     roll(sampler, [tool], prefixes=tasks(6))
     assert all(session.closed for session in tool.sessions)
     assert max(open_sessions) <= 2
+
+
+def test_a_session_that_closes_slowly_holds_no_other_trajectory_up():
+    called = threading.Event()
+    waited = []
+
+    class SlowToClose(HangingTool):
+        def open(self, task):
+            session = super().open(task)
+            if len(self.sessions) == 2:  # of the first trajectory; the one before warms the tool up
+                session.close = lambda: waited.append(called.wait(10))
+            if len(self.sessions) == 3:  # of the second, which calls when the first has ended
+                called.set()
+            return session
+
+    roll(ScriptedSampler(ONE_CALL, steps=lambda request: 1 + 4 * request.id), [SlowToClose()], prefixes=tasks(2))
+    assert waited == [True]
 
 
 def test_an_engine_error_closes_everything_and_is_the_error_told():

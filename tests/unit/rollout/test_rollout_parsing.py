@@ -107,6 +107,14 @@ def assert_speechless(kind: str, text: str, max_tokens: int) -> None:
     assert not any(mark in shown for mark in CONTROL)
 
 
+@pytest.mark.parametrize("max_tokens", [1000, 5, 2, 0])
+def test_a_text_that_was_encoded_before_is_encoded_alike(kind, max_tokens):
+    text = "Ada lives in Köln </result> and <|im_end|> is 36."
+    fresh = ResultEncoder(TOKENIZERS[kind], TOOLS).encode(text, max_tokens)
+    body_of(kind, text)[0].clear()  # what a caller does with its ids is its own affair
+    assert ENCODERS[kind].encode(text, max_tokens) == fresh
+
+
 def test_an_ordinary_result_is_shown_as_it_is(kind):
     text = "3 < 4, naïve café 東京\n  indented </b> <i>"
     body, shown = body_of(kind, text)

@@ -56,6 +56,13 @@ def test_a_prompt_is_the_chat_template_with_the_turn_of_the_assistant_open():
     assert (task.id, task.references, task.metadata) == ("q1", ("7", "seven"), {"documents": ["d"]})
 
 
+@pytest.mark.parametrize("content", ["How many?", "  two\n\nlines ", "<|im_end|> é \U0001f600"])
+def test_a_prompt_has_the_tokens_that_transformers_gives_the_template(content):
+    tokenizer = scripted_tokenizer()
+    whole = tokenizer.apply_chat_template(row(content).messages, add_generation_prompt=True, return_dict=False)
+    assert build_task(row(content), tokenizer, max_prompt_tokens=100).prompt_ids == whole
+
+
 def test_a_prompt_may_fill_its_budget_and_no_more():
     length = len(build_task(row(), scripted_tokenizer(), max_prompt_tokens=100).prompt_ids)
     build_task(row(), scripted_tokenizer(), max_prompt_tokens=length)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _MAX_CHARS_PER_TOKEN = 64  # text beyond it is not even tokenised: a tool may answer with megabytes
+_KEPT_TEXTS = 256  # rollouts of one prompt often get the same answers
 
 
 class PlainText:
@@ -29,6 +31,7 @@ class PlainText:
         self.control_ids = frozenset(added.values()) | frozenset(tokenizer.all_special_ids)
         texts = {mark for tag in tags for mark in (f"<{tag}>", f"</{tag}>")} | set(added)
         self._control_text = re.compile("|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)))
+        self._encode_whole = functools.lru_cache(_KEPT_TEXTS)(self._encode_anew)
 
     def defuse(self, text: str) -> str:
         """The text with a space inside everything that looks like a control tag or special token."""
@@ -45,13 +48,13 @@ class PlainText:
             text: any.
             max_tokens: the rest is cut.
         """
-        ids, shown = self._encode_whole(text[: _MAX_CHARS_PER_TOKEN * max_tokens])
-        if len(ids) > max_tokens:
-            ids = self._cut(ids, max_tokens)
-            shown = decode_tokens(self._tokenizer, ids)
-        return ids, shown
+        whole, shown = self._encode_whole(text[: _MAX_CHARS_PER_TOKEN * max_tokens])
+        if len(whole) <= max_tokens:
+            return list(whole), shown
+        ids = self._cut(whole, max_tokens)
+        return ids, decode_tokens(self._tokenizer, ids)
 
-    def _encode_whole(self, text: str) -> tuple[list[int], str]:
+    def _encode_anew(self, text: str) -> tuple[tuple[int, ...], str]:
         text = valid_text(text)
         # A tokenizer that normalises text may still fold something into a control token, or its neighbours into a tag.
         for _ in range(8):
@@ -59,15 +62,15 @@ class PlainText:
             ids = [token for token in ids if token not in self.control_ids]
             text = decode_tokens(self._tokenizer, ids)
             if not self._control_text.search(text):
-                return ids, text
-        return [], ""
+                return tuple(ids), text
+        return (), ""
 
-    def _cut(self, ids: list[int], length: int) -> list[int]:
+    def _cut(self, ids: tuple[int, ...], length: int) -> list[int]:
         """The first tokens, without the beginning of a character (at most three bytes) that the cut left behind."""
         for stop in range(length, max(length - 4, 0), -1):
             if not decode_tokens(self._tokenizer, ids[:stop]).endswith("\ufffd"):
-                return ids[:stop]
-        return ids[:length]
+                return list(ids[:stop])
+        return list(ids[:length])
 
 
 def valid_text(text: str) -> str:

@@ -47,10 +47,13 @@ class TagSyntax(CallSyntax):
     def __init__(self, tokenizer: PreTrainedTokenizerBase, tool_names: Sequence[str]) -> None:
         self._tokenizer, self._names = tokenizer, tuple(tool_names)
         self._encoder = ResultEncoder(tokenizer, tool_names)
+        self._nothing_written = Turn(stop=stop_strings(self._names))
 
     def read_turn(self, ids: Sequence[int], finish: str | None) -> Turn:
         if finish == "eos":
             return Turn(over=True)
+        if not ids:
+            return self._nothing_written
         text = decode_tokens(self._tokenizer, ids)
         call = parse_call(text, self._names)
         if call is None:
@@ -76,8 +79,9 @@ def stop_strings(tool_names: Iterable[str], turn: str = "") -> tuple[str, ...]:
             then goes on, because it holds no call.
     """
     tags = [f"</{name}>" for name in tool_names]
-    rests = [tag[length:] for tag in tags for length in range(1, len(tag)) if turn.endswith(tag[:length])]
-    return tuple(dict.fromkeys([*tags, *rests]))
+    _, opened, begun = turn.rpartition("<")  # a tag has no further one
+    rests = [tag.removeprefix(opened + begun) for tag in tags if opened and tag.startswith(opened + begun)]
+    return tuple(dict.fromkeys([*tags, *filter(None, rests)]))
 
 
 def parse_call(turn: str, tool_names: Iterable[str]) -> ParsedCall | None:
