@@ -71,10 +71,6 @@ class StopStrings:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...]) -> None:
         self._tokenizer = tokenizer
         self._stop = stop
-        self._last_characters = {string[-1] for string in stop}
-        # U+FFFD stands for a part of a multi-byte character; ASCII has no parts.
-        if not all(character.isascii() for character in self._last_characters):
-            self._last_characters.add("\ufffd")
         # A token holds at least one byte; one more token in front, because some decoders strip what they start with.
         self._tail = max(len(string.encode()) for string in stop) + 1
         self._may_complete: dict[int, bool] = {}
@@ -87,18 +83,30 @@ class StopStrings:
         last = response_ids[-1]
         possible = self._may_complete.get(last)
         if possible is None:
-            possible = self._may_complete[last] = self._holds_a_last_character(last)
+            possible = self._may_complete[last] = any(_may_end_in(text, self._stop) for text in self._texts_of(last))
         if not possible:  # most tokens end here, without decoding
             return None
         text = self._decode(response_ids[-self._tail :])
         return next((string for string in self._stop if string in text), None)
 
-    def _holds_a_last_character(self, token_id: int) -> bool:
-        # Twice, because a decoder may strip a leading space.
-        return not self._last_characters.isdisjoint(self._decode([token_id, token_id]))
+    def _texts_of(self, token_id: int) -> tuple[str, str]:
+        """A token's text at the beginning and behind other tokens: a decoder may strip a leading space."""
+        first = self._decode([token_id])
+        return first, self._decode([token_id, token_id]).removeprefix(first)
 
     def _decode(self, ids: Sequence[int]) -> str:
         return decode_tokens(self._tokenizer, ids)
+
+
+def _may_end_in(text: str, strings: Iterable[str]) -> bool:
+    """Whether one of the strings can end inside a token's text, whatever stands before it."""
+    for string in strings:
+        if string.isascii():
+            if string in text or any(string.endswith(text[:stop]) for stop in range(1, len(text) + 1)):
+                return True
+        elif string[-1] in text or "\ufffd" in text:  # a part of a multi-byte character
+            return True
+    return False
 
 
 def finish_reason(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -182,7 +183,7 @@ class TestStopStrings:
     def test_text_is_decoded_only_where_a_string_may_end(self) -> None:
         tokenizer = build_tokenizer()
         strings = StopStrings(tokenizer, ("</python>",))
-        ids = tokenizer.encode("東京" * 10, add_special_tokens=False)
+        ids = tokenizer.encode("東京" * 10 + EOS, add_special_tokens=False)
         for length in range(1, len(ids) + 1):
             strings.completed_by_last(ids[:length])
         strings._decode = None  # type: ignore[assignment, method-assign]
@@ -195,6 +196,23 @@ class TestStopStrings:
 
     def test_special_tokens_count_as_their_text(self) -> None:
         assert self.first_stop(f"ab{EOS}cd", EOS) == f"ab{EOS}"
+
+    def test_random_tokens_stop_where_their_whole_text_first_holds_a_string(self) -> None:
+        tokenizer = build_tokenizer()
+        draw = random.Random(0)
+        choices = ["</python>", ">", "/p", "zq", "海", "é>", " ", "</search>\n", EOS]
+        likely = [t for text in ["</python>\n", "</search>", "<zq>", "東海é>", EOS] for t in tokenizer.encode(text)]
+        found = 0
+        for _ in range(300):
+            stop = tuple(draw.sample(choices, 2))
+            ids = [draw.choice(likely) if draw.random() < 0.8 else draw.randrange(len(tokenizer)) for _ in range(12)]
+            strings = StopStrings(tokenizer, stop)
+            told = [length for length in range(1, 13) if strings.completed_by_last(ids[:length])]
+            texts = [str(tokenizer.decode(ids[:length])) for length in range(1, 13)]
+            expected = [length for length, text in enumerate(texts, 1) if any(string in text for string in stop)]
+            assert told[:1] == expected[:1], (ids, stop, texts[-1])
+            found += bool(told)
+        assert 50 < found < 300
 
     def test_absent_strings_never_stop(self) -> None:
         assert self.first_stop("a</python>\nb", "</answer>", "</pythons>") is None
