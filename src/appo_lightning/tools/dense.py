@@ -55,6 +55,7 @@ class DenseSearchTool(StatelessTool):
 
     description = "Finds documents that answer a query."
     text_argument = "query"
+    incidental = ("index_dir",)
     _index: tuple[TextFile, NDArray[np.float32]] | None
     _encoder: _Encoder | None
 
