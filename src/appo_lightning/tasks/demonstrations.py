@@ -17,6 +17,12 @@ Label = Literal["decision", "filler", "copied", "format", "tool", "text"]
 LABELS: tuple[Label, ...] = ("decision", "filler", "copied", "format", "tool", "text")
 
 _RESULT = re.compile(r"(<result>.*?</result>)", re.DOTALL)
+# Neither tag of a call stands in its argument: as the tool loop reads it.
+_ANSWERED_CALL = re.compile(
+    r"<(?P<name>(?!(?:think|answer|result)>)[A-Za-z][\w-]*)>(?P<argument>(?:(?!</?(?P=name)>).)*)</(?P=name)>\s*"
+    r"<result>(?P<result>.*?)</result>",
+    re.DOTALL,
+)
 
 
 class Segment(NamedTuple):
@@ -28,7 +34,11 @@ class Segment(NamedTuple):
 
 @dataclass(slots=True)
 class Demonstration:
-    """A prompt and a response to imitate. The end-of-sequence token is implied."""
+    """A prompt and a response to imitate. The end-of-sequence token is implied.
+
+    Calls stand in the paper's tags, whatever the format that a policy is to learn: ``rollout.imitation`` writes them in
+    that.
+    """
 
     messages: list[dict[str, str]]
     segments: list[Segment]
@@ -37,6 +47,15 @@ class Demonstration:
     def response(self) -> str:
         """The whole response, tool results included."""
         return "".join(segment.text for segment in self.segments)
+
+    def part(self, start: int, stop: int) -> list[Segment]:
+        """The pieces of the response between two of its characters."""
+        found, position = [], 0
+        for text, label in self.segments:
+            if piece := text[max(0, start - position) : max(0, stop - position)]:
+                found.append(Segment(piece, label))
+            position += len(text)
+        return found
 
 
 class DemonstrationSource(ABC):
@@ -54,8 +73,8 @@ class DemonstrationSource(ABC):
 class JSONLDemonstrations(DemonstrationSource):
     """Your own demonstrations: one JSON object per line, ``{"messages": [...], "response": "..."}``.
 
-    ``messages`` is the chat up to the response. ``<result>...</result>`` spans of the response are shown to the policy
-    but not trained on: a tool wrote them.
+    ``messages`` is the chat up to the response. Calls stand in it as ``<tool>argument</tool><result>...</result>``;
+    results are shown to the policy but not trained on: a tool wrote them.
 
     Args:
         path: a UTF-8 file; blank lines are skipped.
@@ -84,6 +103,21 @@ def split_results(response: str) -> list[Segment]:
     return [Segment(text, "tool" if i % 2 else "text") for i, text in pieces if text]
 
 
+def answered_calls(response: str) -> list[re.Match[str]]:
+    """The calls of a tagged response with their results: groups ``name``, ``argument`` and ``result``.
+
+    Raises:
+        DataError: a result stands behind something else than a call.
+    """
+    calls = list(_ANSWERED_CALL.finditer(response))
+    answered = {call.end() for call in calls}
+    for result in _RESULT.finditer(response):
+        if result.end() not in answered:
+            before = response[max(0, result.start() - 30) : result.start()]
+            raise DataError(f"expected <tool>...</tool> directly before each <result>, found {before!r}; mend it")
+    return calls
+
+
 def _parse(line: str, where: str) -> Demonstration:
     try:
         row = json.loads(line)
@@ -99,7 +133,8 @@ def _parse(line: str, where: str) -> Demonstration:
         raise DataError(f'{where}: "messages" must be a list of {{"role": ..., "content": ...}}')
     if not isinstance(response, str) or not response:
         raise DataError(f'{where}: "response" must be text')
-    segments = split_results(response)
-    if all(segment.label == "tool" for segment in segments):
-        raise DataError(f'{where}: "response" holds nothing but tool results')
-    return Demonstration(messages, segments)
+    try:
+        answered_calls(response)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
+    return Demonstration(messages, split_results(response))

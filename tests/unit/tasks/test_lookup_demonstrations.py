@@ -92,7 +92,8 @@ def test_a_response_is_cut_at_its_results():
 def test_demonstrations_are_read_from_json_lines(tmp_path):
     path = tmp_path / "mine.jsonl"
     path.write_text(
-        '{"messages": [{"role": "user", "content": "żółw?"}], "response": "x<result>y</result>z"}\n\n', encoding="utf-8"
+        '{"messages": [{"role": "user", "content": "żółw?"}], "response": "<s>x</s><result>y</result>z"}\n\n',
+        encoding="utf-8",
     )
     source = JSONLDemonstrations(str(path))
     assert len(source) == 1
@@ -108,7 +109,7 @@ def test_demonstrations_are_read_from_json_lines(tmp_path):
         ('{"messages": [], "response": "x"}', '"messages" must be'),
         ('{"messages": [{"role": "user"}], "response": "x"}', '"messages" must be'),
         ('{"messages": [{"role": "user", "content": "q"}], "response": ""}', '"response" must be text'),
-        ('{"messages": [{"role": "user", "content": "q"}], "response": "<result>r</result>"}', "nothing but tool"),
+        ('{"messages": [{"role": "user", "content": "q"}], "response": "<result>r</result>"}', "directly before each"),
         ("", "holds no demonstrations"),
     ],
 )
