@@ -45,16 +45,8 @@ def backend(request, service, monkeypatch):
 
 
 @pytest.fixture
-def make_tool(backend):
-    tools = []
-
-    def make(**options):
-        tools.append(PythonTool(**{"timeout_s": 20, **options}, backend=backend))
-        return tools[-1]
-
-    yield make
-    for tool in tools:
-        tool.close()
+def make_tool(make_tool, backend):
+    return lambda **options: make_tool(**{"timeout_s": 20, **options}, backend=backend)
 
 
 both = pytest.mark.parametrize("backend", ["container", "service"], indirect=True)

@@ -15,7 +15,7 @@ from appo_lightning.errors import ConfigurationError
 from appo_lightning.tools._sandbox import client, files, layout
 from appo_lightning.tools.python import PythonTool
 from appo_lightning.types import Task
-from helpers.sandboxes import WALLS, tool_with
+from helpers.sandboxes import WALLS
 
 TASK = Task("task-0", [1], ("x",))
 EVERYTHING = (
@@ -27,19 +27,6 @@ EVERYTHING = (
     "a limit on processes",
 )
 SANDBOX = Path(client.__file__).parent
-
-
-@pytest.fixture
-def make_tool():
-    tools = []
-
-    def make(walls=client.WALLS, **options):
-        tools.append(tool_with(walls, **options))
-        return tools[-1]
-
-    yield make
-    for tool in tools:
-        tool.close()
 
 
 def run_inside(program):
