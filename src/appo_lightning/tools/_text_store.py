@@ -13,6 +13,8 @@ from typing import IO, Any
 
 from appo_lightning.errors import DataError
 
+_BEGIN = b'{"key": "'  # of every line
+
 
 class TextStore:
     """One answer per line, all of them in memory; any number of threads and processes of one machine add to it.
@@ -48,7 +50,7 @@ class TextStore:
                 fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed
                 self._read_on()
                 if key not in self._answers:
-                    file.truncate(self._read)  # half a line, of a process that was killed while it wrote
+                    self._remove_half_line(file)
                     file.write(row.encode() + b"\n")
                     file.flush()
                     self._read_on()
@@ -60,6 +62,23 @@ class TextStore:
 
     def close(self) -> None:
         """Nothing is open between calls."""
+
+    def _remove_half_line(self, file: IO[bytes]) -> None:
+        """Take away what a process left that was killed while it wrote, and nothing else."""
+        size = os.path.getsize(self._path)
+        if size > self._read:
+            with open(self._path, "rb") as again:
+                again.seek(self._read)
+                rest = again.read(40)
+            if not (rest.startswith(_BEGIN) or _BEGIN.startswith(rest)):
+                raise self._not_ours(self._lines + 1, rest)
+            file.truncate(self._read)
+
+    def _not_ours(self, number: int, line: bytes) -> DataError:
+        return DataError(
+            f'{self._path}:{number}: expected {{"key": ..., "query": ..., "answer": ...}}, found {line[:40]!r}; name '
+            "another file"
+        )
 
     def _read_on(self) -> None:
         """Read what was added since the last time; a line counts when it is whole."""
@@ -73,10 +92,7 @@ class TextStore:
                     row = json.loads(line)
                     self._answers.setdefault(row["key"], row["answer"])
                 except (ValueError, KeyError, TypeError) as error:
-                    raise DataError(
-                        f'{self._path}:{self._lines}: expected {{"key": ..., "query": ..., "answer": ...}}, found '
-                        f"{line[:40]!r}; name another file"
-                    ) from error
+                    raise self._not_ours(self._lines, line) from error
                 self._read += len(line)
 
     @contextlib.contextmanager

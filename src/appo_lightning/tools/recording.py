@@ -18,11 +18,13 @@ def on_record(tools: list[Tool], *, record: str | None, replay: str | None) -> l
     Raises:
         ConfigurationError: both paths, or one without tools.
     """
-    path = record or replay
-    if path is None:
+    if record is None and replay is None:
         return tools
-    if record and replay:
+    if record is not None and replay is not None:
         raise ConfigurationError("data.record_tools and data.replay_tools exclude each other: give one")
     if not tools:
         raise ConfigurationError("data.record_tools and data.replay_tools have no effect without data.tools; remove it")
+    path = record or replay
+    if not path:
+        raise ConfigurationError("data.record_tools and data.replay_tools want the path of a file, got an empty one")
     return [CassetteTool(tool, path, "record" if record else "replay") for tool in tools]

@@ -351,6 +351,16 @@ def test_a_file_that_is_no_recording_is_named_with_the_line(tmp_path, line):
         CassetteTool(Clock(), str(path)).open(TASK)
 
 
+def test_a_file_of_another_kind_is_never_written_to(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"question": "one line, without its end"}')
+    with pytest.raises(
+        DataError, match=r"mine.jsonl:1: expected .* found b'\{\"question\": \"one line.*'; name another"
+    ):
+        CassetteTool(Clock(), str(path)).open(TASK)
+    assert path.read_text() == '{"question": "one line, without its end"}'
+
+
 ADDS = """
 import sys
 from appo_lightning.tools._text_store import TextStore
@@ -381,7 +391,11 @@ def test_one_path_puts_every_tool_on_record():
 
 @pytest.mark.parametrize(
     ("tools", "record", "replay", "message"),
-    [([Clock()], "a", "b", "exclude each other"), ([], "a", None, "have no effect without data.tools")],
+    [
+        ([Clock()], "a", "b", "exclude each other"),
+        ([], "a", None, "have no effect without data.tools"),
+        ([Clock()], "", None, "want the path of a file, got an empty one"),
+    ],
 )
 def test_recording_options_that_say_nothing_are_refused(tools, record, replay, message):
     with pytest.raises(ConfigurationError, match=message):

@@ -52,7 +52,10 @@ class HermesFormat(CallFormat):
 
     def bind(self, tokenizer: PreTrainedTokenizerBase, tools: Sequence[Tool]) -> CallSyntax:
         if not tools:
-            raise ConfigurationError("data.call_format: HermesFormat has no effect without data.tools; remove it")
+            raise ConfigurationError(
+                "data.call_format: HermesFormat shows the tools of data.tools to the model, found none; name them, or "
+                "leave the format out"
+            )
         frame = find_result_frame(tokenizer)
         if not self.allow_rewritten_history:
             check_history_is_kept(tokenizer)
