@@ -150,6 +150,9 @@ class DemonstrationDataModule(L.LightningDataModule):
             raise ConfigurationError(
                 f"data.steps must be more than the {copy_warmup_steps} copy_warmup_steps it includes, got {steps}"
             )
+        names = [tool.name for tool in tools]
+        if len(set(names)) < len(names):
+            raise ConfigurationError(f"data.tools: the names of tools must differ, got {', '.join(names)}")
         if len(source) == 0:
             raise DataError("data.source has no demonstrations")
         self.source, self.batch_size, self.max_length, self.seed = source, batch_size, max_length, seed

@@ -14,6 +14,7 @@ from appo_lightning.sft import DemonstrationDataModule, SFTModule, collate
 from appo_lightning.tasks.demonstrations import LABELS, Demonstration, JSONLDemonstrations, Segment
 from appo_lightning.tasks.lookup import LookupDemonstrations, create_tiny_policy
 from appo_lightning.tasks.lookup.tokenizer import build_tokenizer
+from appo_lightning.tools.search import SearchTool
 
 TOKENIZER = build_tokenizer()
 TAGS = TagFormat().bind(TOKENIZER, [])
@@ -186,6 +187,7 @@ def test_copy_warmup_repeats_strings_and_trains_on_the_second_half(attached):
         ({"batch_size": 0}, "data.batch_size must be at least 1"),
         ({"steps": 5, "copy_warmup_steps": 5}, "data.steps must be more than the 5 copy_warmup_steps"),
         ({"max_length": 1}, "data.max_length must be at least 2"),
+        ({"tools": [SearchTool(), SearchTool()]}, "the names of tools must differ, got search, search"),
     ],
 )
 def test_impossible_options_are_refused(options, message):

@@ -81,6 +81,7 @@ def _add_response(
     row: TokenRow, demonstration: Demonstration, tokenizer: PreTrainedTokenizerBase, syntax: CallSyntax
 ) -> None:
     format_label = LABELS.index("format")
+    _check_answers(demonstration, syntax)
     said_until = 0
     for call in answered_calls(demonstration.response):
         said = demonstration.part(said_until, call.start())
@@ -100,6 +101,17 @@ def _add_response(
     _add_turn(row, demonstration.part(said_until, len(demonstration.response)), tokenizer)
     assert isinstance(tokenizer.eos_token_id, int)
     row.add([tokenizer.eos_token_id], format_label)
+
+
+def _check_answers(demonstration: Demonstration, syntax: CallSyntax) -> None:
+    """A call without a result would be trained on as text, in a notation that the policy must not learn."""
+    rest = demonstration.response
+    for call in answered_calls(rest):
+        rest = rest.replace(call.group(), "", 1)
+    for tool in syntax.prompt_tools or ():
+        name = tool["function"]["name"]
+        if f"</{name}>" in rest:
+            raise DataError(f"expected <result>...</result> behind each </{name}>, found one without; mend it")
 
 
 def _add_turn(row: TokenRow, pieces: Sequence[Segment], tokenizer: PreTrainedTokenizerBase) -> None:

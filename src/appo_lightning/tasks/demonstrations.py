@@ -82,9 +82,11 @@ class JSONLDemonstrations(DemonstrationSource):
 
     def __init__(self, path: str) -> None:
         try:
-            lines = Path(path).read_text(encoding="utf-8").splitlines()
+            lines = Path(path).read_text(encoding="utf-8").split("\n")  # text may hold other ends of lines
         except OSError as error:
             raise DataError(f"cannot read the demonstrations {path}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise DataError(f"cannot read the demonstrations {path}: expected UTF-8, found {error.reason}") from error
         self._rows = [_parse(line, f"{path}:{n}") for n, line in enumerate(lines, start=1) if line.strip()]
         if not self._rows:
             raise DataError(f"{path} holds no demonstrations")
@@ -128,9 +130,9 @@ def _parse(line: str, where: str) -> Demonstration:
     if (
         not isinstance(messages, list)
         or not messages
-        or not all(isinstance(message, dict) and {"role", "content"} <= message.keys() for message in messages)
+        or not all(isinstance(message, dict) and _is_message(message) for message in messages)
     ):
-        raise DataError(f'{where}: "messages" must be a list of {{"role": ..., "content": ...}}')
+        raise DataError(f'{where}: "messages" must be a list of {{"role": "...", "content": "..."}}')
     if not isinstance(response, str) or not response:
         raise DataError(f'{where}: "response" must be text')
     try:
@@ -138,3 +140,7 @@ def _parse(line: str, where: str) -> Demonstration:
     except DataError as error:
         raise DataError(f"{where}: {error}") from None
     return Demonstration(messages, split_results(response))
+
+
+def _is_message(message: dict[str, object]) -> bool:
+    return all(isinstance(message.get(name), str) for name in ("role", "content"))

@@ -135,6 +135,7 @@ def test_labels_follow_their_text_into_a_function_call():
         ("<fly>x</fly><result>y</result>", r"calls of the tools of data.tools \(search, distance\), found 'fly'"),
         ("<distance>near</distance><result>y</result>", "a call of 'distance' that can be read, found Expecting value"),
         ("so <distance>[]</distance><result>y</result>", "found arguments is a list"),
+        ("<search>a</search><result>b</result><search>a</search>", "<result>...</result> behind each </search>, found"),
     ],
 )
 def test_a_call_that_no_rollout_would_make_is_refused(response, message):
