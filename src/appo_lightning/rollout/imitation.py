@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NOT_TRAINED = -1
+_INDEX = {label: NOT_TRAINED if label == "tool" else index for index, label in enumerate(LABELS)}
 _NO_LIMIT = 1 << 30
 
 
@@ -80,7 +81,6 @@ def _prompt(
 def _add_response(
     row: TokenRow, demonstration: Demonstration, tokenizer: PreTrainedTokenizerBase, syntax: CallSyntax
 ) -> None:
-    format_label = LABELS.index("format")
     _check_answers(demonstration, syntax)
     said_until = 0
     for call in answered_calls(demonstration.response):
@@ -92,7 +92,7 @@ def _add_response(
         opening, *pieces, closing = texts
         written = [Segment(text, piece.label) for text, piece in zip(pieces, argument, strict=True)]
         _add_turn(row, [*said, Segment(opening, "format"), *written, Segment(closing, "format")], tokenizer)
-        row.add(syntax.end_of_calls, format_label)
+        row.add(syntax.end_of_calls, _INDEX["format"])
         # The loop shows results so, and says it where there is none.
         shown = call["result"].strip() or "no result"
         for result in syntax.encode_results([shown], max_result_tokens=_NO_LIMIT, room=_NO_LIMIT):
@@ -100,7 +100,7 @@ def _add_response(
         said_until = call.end()
     _add_turn(row, demonstration.part(said_until, len(demonstration.response)), tokenizer)
     assert isinstance(tokenizer.eos_token_id, int)
-    row.add([tokenizer.eos_token_id], format_label)
+    row.add([tokenizer.eos_token_id], _INDEX["format"])
 
 
 def _check_answers(demonstration: Demonstration, syntax: CallSyntax) -> None:
@@ -116,7 +116,7 @@ def _check_answers(demonstration: Demonstration, syntax: CallSyntax) -> None:
 
 def _add_turn(row: TokenRow, pieces: Sequence[Segment], tokenizer: PreTrainedTokenizerBase) -> None:
     """Tokens of what the policy writes at a stretch."""
-    label_of_character = [LABELS.index(piece.label) for piece in pieces for _ in piece.text]
+    label_of_character = [_INDEX[piece.label] for piece in pieces for _ in piece.text]
     encoded = tokenizer("".join(piece.text for piece in pieces), add_special_tokens=False, return_offsets_mapping=True)
     row.token_ids += encoded.input_ids
     row.labels += [label_of_character[min(start, len(label_of_character) - 1)] for start, _ in encoded.offset_mapping]

@@ -129,6 +129,12 @@ def test_labels_follow_their_text_into_a_function_call():
     )
 
 
+def test_what_is_labelled_as_written_by_a_tool_is_never_trained_on():
+    row = encoded([Segment("a", "text"), Segment("bcd", "tool"), Segment("e", "text")], TagFormat())
+    trained = [token for token, label in zip(row.token_ids, row.labels, strict=True) if label != NOT_TRAINED]
+    assert text_of(trained) == f"ae{EOS}"
+
+
 @pytest.mark.parametrize(
     ("response", "message"),
     [
