@@ -1,4 +1,4 @@
-"""Measure what the Python tool costs: a call, a session, the start of its server; with and without its walls.
+"""Measure what the Python tool costs: a call, a session, a branch, the start of its server; with and without its walls.
 
     python tools/bench_sandbox.py --json runs/bench_sandbox.json
 
@@ -16,9 +16,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from appo_lightning.rollout.sessions import EpisodeSession
 from appo_lightning.tools._sandbox.client import WALLS
 from appo_lightning.tools.python import PythonTool
-from appo_lightning.types import Task
+from appo_lightning.types import Task, ToolCall
 
 TASK = Task("bench", [1], ("x",))
 # What full protection costs is the first against the last, which runs the same code without walls.
@@ -30,8 +31,12 @@ FIGURES = {
     "ready_session_ms": "session and first call, one ready, ms",
     "new_session_ms": "session and first call, none ready, ms",
     "sessions_per_second": "sessions/s, one after another",
+    "branch_1_ms": "branch after 1 call, its own call too, ms",
+    "branch_4_ms": "branch after 4 calls, likewise, ms",
+    "branch_16_ms": "branch after 16 calls, likewise, ms",
     "server_ms": "start of the server, ms",
 }
+PREFIXES = (1, 4, 16)
 
 
 def milliseconds(action: Callable[[], object]) -> float:
@@ -78,6 +83,23 @@ def calls_per_second(tool: PythonTool, threads: int, seconds: float) -> float:
     return sum(counts) / seconds
 
 
+def branch_ms(tool: PythonTool, calls: int, branches: int) -> float:
+    """A branch's first call behind so many calls of its root, which are repeated in a session of its own."""
+    code = "import math; values = [math.sqrt(n) for n in range(100)]; values[-1]"
+    prefix = [ToolCall("python", code, "", 0, 0, succeeded=True, seconds=0.0) for _ in range(calls)]
+
+    def branch() -> None:
+        session = EpisodeSession(tool, TASK, prefix)
+        session.call("values[0]")
+        session.close()
+
+    times = []
+    for _ in range(branches):
+        time.sleep(0.05)
+        times.append(milliseconds(branch))
+    return statistics.median(times)
+
+
 def measure(walls: tuple[str, ...], *, calls: int, sessions: int, threads: int, seconds: float) -> dict[str, float]:
     """One round of one variant."""
     tool = make_tool(walls, warm_sessions=4)
@@ -95,6 +117,7 @@ def measure(walls: tuple[str, ...], *, calls: int, sessions: int, threads: int, 
         time.sleep(0.05)  # as between two trajectories: time to make the next one ready
         ready.append(milliseconds(lambda: first_call(tool)))
     found["ready_session_ms"] = statistics.median(ready)
+    found |= {f"branch_{calls}_ms": branch_ms(tool, calls, sessions) for calls in PREFIXES}
     tool.close()
 
     tool = make_tool(walls, warm_sessions=0)
@@ -133,11 +156,11 @@ def main() -> None:
         name: {figure: statistics.median(one[figure] for one in measured) for figure in FIGURES}
         for name, measured in rounds.items()
     }
-    print(f"{'':40}" + "".join(f"{name:>16}" for name in VARIANTS))
+    print(f"{'':44}" + "".join(f"{name:>16}" for name in VARIANTS))
     for figure, label in FIGURES.items():
         digits = 0 if figure.endswith("_per_second") else 2
         values = "".join(f"{found[name][figure]:16,.{digits}f}" for name in VARIANTS)
-        print(f"{label.format(threads=options.threads):40}{values}")
+        print(f"{label.format(threads=options.threads):44}{values}")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         result = {

@@ -12,7 +12,7 @@ from appo_lightning.errors import AppoError
 USAGE = """\
 usage: appo {fit,validate,test,predict} --config FILE [--key.sub_key VALUE ...]
        appo export --config FILE --ckpt_path FILE --output DIR [--adapters]
-       appo create-tiny --output DIR [--seed N]
+       appo create-tiny --output DIR [--seed N] [--function-calls]
 
   fit          train: stage "appo" (rollouts) or "sft" (cold start on demonstrations), as the config says
   validate     sample the validation tasks and report success

@@ -23,6 +23,7 @@ from appo_lightning.samplers.base import Sampler
 from appo_lightning.sources import EvaluationSource, RolloutSource
 from appo_lightning.tasks.base import TaskSource
 from appo_lightning.tools.base import Tool
+from appo_lightning.tools.recording import on_record
 from appo_lightning.types import Task
 
 
@@ -41,6 +42,8 @@ class RolloutDataModule(L.LightningDataModule):
         validation: held-out questions.
         sampler: rollout engine.
         tools: tools that the agent may call.
+        record_tools: file that keeps what the tools answer, and answers what it already holds.
+        replay_tools: such a file; all calls are answered from it, and no tool is touched.
         call_format: how it writes calls; null is ``TagFormat``, the paper's tags.
         reward: scores a finished response.
         rollout: budgets and sampling of one trajectory.
@@ -61,6 +64,8 @@ class RolloutDataModule(L.LightningDataModule):
         sampler: Sampler,
         reward: Reward,
         tools: list[Tool] = [],  # noqa: B006  # jsonargparse shows it; never mutated
+        record_tools: str | None = None,
+        replay_tools: str | None = None,
         call_format: CallFormat | None = None,
         rollout: RolloutLimits = RolloutLimits(),  # noqa: B008  # likewise
         branching: BranchingOptions = BranchingOptions(),  # noqa: B008  # likewise
@@ -113,7 +118,8 @@ class RolloutDataModule(L.LightningDataModule):
                 f"{self.call_format.name!r}: set data.reward.init_args.call_format: {self.call_format.name}"
             )
         self.train, self.validation = train, validation
-        self.sampler, self.tools, self.reward = sampler, tools, reward
+        self.sampler, self.reward = sampler, reward
+        self.tools = on_record(tools, record=record_tools, replay=replay_tools)
         self.rollout, self.branching = rollout, branching
         self.prompts_per_phase, self.prompts_per_mini_batch = prompts_per_phase, prompts_per_mini_batch
         self.epochs_per_phase, self.train_branches = epochs_per_phase, train_branches

@@ -349,7 +349,7 @@ def _quieten_libraries() -> None:
 
 def _close(cli: AppoCLI | None) -> None:
     data = getattr(cli, "datamodule", None)
-    if isinstance(data, RolloutDataModule):
+    if data is not None:
         data.close()
 
 

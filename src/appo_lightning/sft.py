@@ -5,9 +5,7 @@ Axis letters: ``B`` demonstrations, ``L`` padded tokens.
 
 from __future__ import annotations
 
-import itertools
 import random
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -21,24 +19,15 @@ from appo_lightning.errors import ConfigurationError, DataError
 from appo_lightning.metrics import MetricSums, log_metrics
 from appo_lightning.policy.options import OptimizerOptions, PolicyOptions
 from appo_lightning.policy_module import PolicyModule
-from appo_lightning.rollout.prompts import build_task
+from appo_lightning.rollout.formats.base import CallFormat, CallSyntax
+from appo_lightning.rollout.formats.tags import TagFormat
+from appo_lightning.rollout.imitation import NOT_TRAINED, TokenRow, encode_demonstration
 from appo_lightning.rollout.seeds import derive_seed
-from appo_lightning.tasks.demonstrations import LABELS, Demonstration, DemonstrationSource
-from appo_lightning.types import TaskRow
+from appo_lightning.tasks.demonstrations import LABELS, DemonstrationSource
+from appo_lightning.tools.base import Tool
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-NOT_TRAINED = -1
-
-
-@dataclass(slots=True)
-class TokenRow:
-    """One sequence."""
-
-    token_ids: list[int]
-    labels: list[int]  # per token: index into LABELS, or NOT_TRAINED
-    was_cut: bool = False  # it was longer than the limit
 
 
 @dataclass(slots=True)
@@ -123,7 +112,9 @@ class DemonstrationDataModule(L.LightningDataModule):
     """Batches of tokenised demonstrations, the same in every run of the same seed.
 
     Args:
-        source: the demonstrations.
+        source: the demonstrations, in the paper's tags.
+        tools: that they call; the chat template shows them where the call format wants that.
+        call_format: how calls are written; null is ``TagFormat``, the paper's tags.
         batch_size: demonstrations of one optimiser step, over all processes.
         steps: optimiser steps of one epoch, copy warm-up included; null: one pass over the source after the warm-up.
             Longer runs go through the source again, in another order.
@@ -137,6 +128,8 @@ class DemonstrationDataModule(L.LightningDataModule):
     def __init__(
         self,
         source: DemonstrationSource,
+        tools: list[Tool] = [],  # noqa: B006  # jsonargparse shows it; never mutated
+        call_format: CallFormat | None = None,
         batch_size: int = 32,
         steps: int | None = None,
         max_length: int = 4096,
@@ -157,9 +150,14 @@ class DemonstrationDataModule(L.LightningDataModule):
             raise ConfigurationError(
                 f"data.steps must be more than the {copy_warmup_steps} copy_warmup_steps it includes, got {steps}"
             )
+        names = [tool.name for tool in tools]
+        if len(set(names)) < len(names):
+            raise ConfigurationError(f"data.tools: the names of tools must differ, got {', '.join(names)}")
         if len(source) == 0:
             raise DataError("data.source has no demonstrations")
         self.source, self.batch_size, self.max_length, self.seed = source, batch_size, max_length, seed
+        self.tools, self.call_format = tools, call_format or TagFormat()
+        self._syntax: CallSyntax | None = None
         self.copy_warmup_steps, self.copy_length = copy_warmup_steps, copy_length
         self.steps = steps if steps is not None else copy_warmup_steps + -(-len(source) // batch_size)
 
@@ -179,6 +177,20 @@ class DemonstrationDataModule(L.LightningDataModule):
         assert self.trainer is not None
         return cast(PolicyModule, self.trainer.lightning_module).policy.tokenizer
 
+    @property
+    def syntax(self) -> CallSyntax:
+        """The call format, for the policy's tokenizer; checked when it is first asked for."""
+        if self._syntax is None:
+            for tool in self.tools:
+                tool.prepare()
+            self._syntax = self.call_format.bind(self.tokenizer, self.tools)
+        return self._syntax
+
+    def close(self) -> None:
+        """Release what the tools needed to describe themselves. Safe to call twice."""
+        for tool in self.tools:
+            tool.close()
+
     def batch(self, number: int, rank: int = 0, world_size: int = 1) -> TokenRows:
         """The ``number``-th batch of the run: a pure function of the arguments, the options and the tokenizer."""
         first = number * self.batch_size
@@ -191,7 +203,7 @@ class DemonstrationDataModule(L.LightningDataModule):
     def _demonstration_row(self, place: int) -> TokenRow:
         epoch, position = divmod(place, len(self.source))
         demonstration = self.source.demonstration(self._order(epoch)[position])
-        return encode_demonstration(demonstration, self.tokenizer, max_length=self.max_length)
+        return encode_demonstration(demonstration, self.tokenizer, self.syntax, max_length=self.max_length)
 
     def _order(self, epoch: int) -> list[int]:
         cached: tuple[int, list[int]] | None = getattr(self, "_cached_order", None)
@@ -239,52 +251,6 @@ class DemonstrationBatches:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue where ``state_dict`` was taken."""
         self.epoch, self.position = state["epoch"], state["position"]
-
-
-def encode_demonstration(
-    demonstration: Demonstration, tokenizer: PreTrainedTokenizerBase, *, max_length: int
-) -> TokenRow:
-    """Tokenise prompt, response and the end-of-sequence token, and label each token to train on.
-
-    Text between tool results is encoded as a whole and results apart, as they meet in a rollout. A token that lies
-    across two pieces takes the label of the piece in which it begins.
-
-    Args:
-        demonstration: what to imitate.
-        tokenizer: a fast one, with a chat template.
-        max_length: the rest is cut off.
-
-    Raises:
-        ConfigurationError: the tokenizer has no chat template or gives no offsets.
-        DataError: the prompt alone is longer than ``max_length``.
-    """
-    if not tokenizer.is_fast:
-        raise ConfigurationError(f"the tokenizer of {tokenizer.name_or_path!r} gives no offsets; use a fast one")
-    row = TaskRow(id="demonstration", messages=demonstration.messages, references=())
-    token_ids = list(build_task(row, tokenizer, max_prompt_tokens=sys.maxsize).prompt_ids)
-    if len(token_ids) >= max_length:
-        raise DataError(
-            f"a demonstration's prompt has {len(token_ids)} tokens, data.max_length is {max_length}: nothing is left "
-            f"to train on; raise data.max_length or drop it ({demonstration.messages[-1]['content'][:60]!r})"
-        )
-    labels = [NOT_TRAINED] * len(token_ids)
-    for from_tool, pieces in itertools.groupby(demonstration.segments, key=lambda segment: segment.label == "tool"):
-        segments = list(pieces)
-        encoded = tokenizer(
-            "".join(segment.text for segment in segments),
-            add_special_tokens=False,
-            return_offsets_mapping=True,
-        )
-        token_ids += encoded.input_ids
-        if from_tool:
-            labels += [NOT_TRAINED] * len(encoded.input_ids)
-            continue
-        label_of_character = [LABELS.index(segment.label) for segment in segments for _ in segment.text]
-        labels += [label_of_character[min(start, len(label_of_character) - 1)] for start, _ in encoded.offset_mapping]
-    assert isinstance(tokenizer.eos_token_id, int)
-    token_ids.append(tokenizer.eos_token_id)
-    labels.append(LABELS.index("format"))
-    return TokenRow(token_ids[:max_length], labels[:max_length], was_cut=len(token_ids) > max_length)
 
 
 def collate(rows: Sequence[TokenRow]) -> TokenRows:

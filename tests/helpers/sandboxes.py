@@ -13,9 +13,10 @@ WALLS = {"namespaces": ("namespaces", "landlock", "seccomp"), "landlock": ("land
 
 
 def tool_with(walls, **options):
-    """A tool that uses only these walls of the machine."""
+    """A tool that uses only these walls of the machine; None: all that it has."""
     tool = PythonTool(**options)
-    tool._server._walls = tuple(walls)
+    if walls is not None:
+        tool._server._walls = tuple(walls)
     return tool
 
 

@@ -42,7 +42,7 @@ class SearchService:
 
 
 @contextmanager
-def serving():
+def serving(port=0):
     service = SearchService()
 
     class Handler(BaseHTTPRequestHandler):
@@ -69,7 +69,7 @@ def serving():
         def log_message(self, *args):
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     service.url = f"http://127.0.0.1:{server.server_port}/search"
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()

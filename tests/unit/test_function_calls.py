@@ -144,6 +144,6 @@ def test_no_text_can_stop_the_reader(text):
     "piece", ["<tool_call>", "</tool_call>", "<think>", '<tool_call>{"', "<think></think>", "[", "\n"]
 )
 def test_long_nonsense_is_read_in_linear_time(piece):
-    started = time.monotonic()
+    started = time.thread_time()
     read_calls(piece * 20_000)
-    assert time.monotonic() - started < 2.0
+    assert time.thread_time() - started < 2.0

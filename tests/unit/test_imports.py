@@ -94,7 +94,7 @@ def test_only_the_vllm_sampler_imports_vllm():
 
 def test_concrete_samplers_tools_and_rewards_are_named_only_in_configurations():
     """The layers above know the contracts alone; the registry and the command line list class paths."""
-    contracts = {"base", "_common", "read_back"}
+    contracts = {"base", "_common", "read_back", "recording"}  # the last wraps any tool
     for name, path in modules().items():
         if LAYER_OF[name.split(".")[0]] not in (2, 3):
             continue

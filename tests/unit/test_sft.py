@@ -8,19 +8,16 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from appo_lightning.errors import ConfigurationError, DataError
 from appo_lightning.policy.options import LoraOptions, OptimizerOptions, PolicyOptions
-from appo_lightning.sft import (
-    NOT_TRAINED,
-    DemonstrationDataModule,
-    SFTModule,
-    TokenRow,
-    collate,
-    encode_demonstration,
-)
+from appo_lightning.rollout.formats.tags import TagFormat
+from appo_lightning.rollout.imitation import NOT_TRAINED, TokenRow, encode_demonstration
+from appo_lightning.sft import DemonstrationDataModule, SFTModule, collate
 from appo_lightning.tasks.demonstrations import LABELS, Demonstration, JSONLDemonstrations, Segment
 from appo_lightning.tasks.lookup import LookupDemonstrations, create_tiny_policy
 from appo_lightning.tasks.lookup.tokenizer import build_tokenizer
+from appo_lightning.tools.search import SearchTool
 
 TOKENIZER = build_tokenizer()
+TAGS = TagFormat().bind(TOKENIZER, [])
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +79,7 @@ def test_labels_align_with_tokens():
     source = LookupDemonstrations(hops=[1, 1, 1, 1, 1])
     for i in range(100):
         demonstration = source.demonstration(i)
-        row = encode_demonstration(demonstration, TOKENIZER, max_length=4096)
+        row = encode_demonstration(demonstration, TOKENIZER, TAGS, max_length=4096)
         expected = [
             (token, segment.label)
             for segment in demonstration.segments
@@ -99,32 +96,34 @@ def test_labels_align_with_tokens():
 
 def test_tool_results_and_the_prompt_are_not_trained_on():
     demonstration = Demonstration(
-        [{"role": "user", "content": "a"}], [Segment("b", "text"), Segment("<result>c</result>", "tool")]
+        [{"role": "user", "content": "a"}], [Segment("<say>b</say>", "text"), Segment("<result>c</result>", "tool")]
     )
-    row = encode_demonstration(demonstration, TOKENIZER, max_length=100)
+    row = encode_demonstration(demonstration, TOKENIZER, TAGS, max_length=100)
     trained = [i for i, label in zip(row.token_ids, row.labels, strict=True) if label != NOT_TRAINED]
-    assert TOKENIZER.decode(trained) == "b<|im_end|>"
-    assert TOKENIZER.decode(row.token_ids).endswith("assistant\nb<result>c</result><|im_end|>")
+    assert TOKENIZER.decode(trained) == "<say>b</say><|im_end|>"
+    assert TOKENIZER.decode(row.token_ids).endswith("assistant\n<say>b</say><result>c</result><|im_end|>")
 
 
 def test_a_token_across_two_pieces_takes_the_label_of_its_beginning():
     # " Bako" is one token of the world.
     pieces = [Segment(" Ba", "decision"), Segment("ko", "format")]
-    row = encode_demonstration(Demonstration([{"role": "user", "content": "a"}], pieces), TOKENIZER, max_length=100)
+    row = encode_demonstration(
+        Demonstration([{"role": "user", "content": "a"}], pieces), TOKENIZER, TAGS, max_length=100
+    )
     assert [LABELS[label] for label in row.labels if label != NOT_TRAINED] == ["decision", "format"]
 
 
 def test_long_demonstrations_are_cut():
     demonstration = LookupDemonstrations().demonstration(0)
-    whole = encode_demonstration(demonstration, TOKENIZER, max_length=4096)
-    cut = encode_demonstration(demonstration, TOKENIZER, max_length=40)
+    whole = encode_demonstration(demonstration, TOKENIZER, TAGS, max_length=4096)
+    cut = encode_demonstration(demonstration, TOKENIZER, TAGS, max_length=40)
     assert (cut.token_ids, cut.labels, cut.was_cut) == (whole.token_ids[:40], whole.labels[:40], True)
     assert not whole.was_cut
 
 
 def test_a_prompt_that_leaves_no_room_is_refused():
     with pytest.raises(DataError, match=r"prompt has \d+ tokens, data.max_length is 10"):
-        encode_demonstration(LookupDemonstrations().demonstration(0), TOKENIZER, max_length=10)
+        encode_demonstration(LookupDemonstrations().demonstration(0), TOKENIZER, TAGS, max_length=10)
 
 
 def test_rows_are_padded_on_the_right():
@@ -188,6 +187,7 @@ def test_copy_warmup_repeats_strings_and_trains_on_the_second_half(attached):
         ({"batch_size": 0}, "data.batch_size must be at least 1"),
         ({"steps": 5, "copy_warmup_steps": 5}, "data.steps must be more than the 5 copy_warmup_steps"),
         ({"max_length": 1}, "data.max_length must be at least 2"),
+        ({"tools": [SearchTool(), SearchTool()]}, "the names of tools must differ, got search, search"),
     ],
 )
 def test_impossible_options_are_refused(options, message):

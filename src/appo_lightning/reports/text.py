@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from appo_lightning.function_calls import CALL_CLOSE, CALL_OPEN, RESPONSE_CLOSE, RESPONSE_OPEN
 from appo_lightning.types import Branch, RolloutTree, Trajectory
 
 if TYPE_CHECKING:
@@ -13,6 +14,12 @@ if TYPE_CHECKING:
 
 # Control characters but the tab, directions of writing, halves of surrogate pairs: they garble a page or a terminal.
 _UNREADABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+# What is left of a chat template's turns without their special tokens: a role on a line of its own.
+_ROLE = re.compile(rf"\n\w+\n(?={RESPONSE_OPEN})|(?<={RESPONSE_CLOSE})\n\w+(?=\n)")
+_FUNCTION_CALL = re.compile(
+    rf"\s*({CALL_OPEN}|{RESPONSE_OPEN})\s*((?:(?!{CALL_OPEN}).)*?)\s*({CALL_CLOSE}|{RESPONSE_CLOSE})\s*", re.DOTALL
+)
 
 
 def render_tree(tree: RolloutTree, tokenizer: PreTrainedTokenizerBase, *, max_roots: int = 2) -> str:
@@ -72,7 +79,8 @@ def _outcome(trajectory: Trajectory) -> str:
 
 
 def _by_turns(text: str, trajectory: Trajectory) -> str:
-    """A line break before each call, result and answer."""
+    """A line break before each call, result and answer; a function call and its tags on one line."""
+    text = _FUNCTION_CALL.sub(r"\n\1\2\3\n", _ROLE.sub("\n", text))
     for name in dict.fromkeys([*(call.name for call in trajectory.tool_calls), "result", "answer"]):
         text = text.replace(f"<{name}>", f"\n<{name}>")
     return text.replace("</result>", "</result>\n").strip()

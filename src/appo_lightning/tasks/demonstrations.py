@@ -17,6 +17,12 @@ Label = Literal["decision", "filler", "copied", "format", "tool", "text"]
 LABELS: tuple[Label, ...] = ("decision", "filler", "copied", "format", "tool", "text")
 
 _RESULT = re.compile(r"(<result>.*?</result>)", re.DOTALL)
+# Neither tag of a call stands in its argument: as the tool loop reads it.
+_ANSWERED_CALL = re.compile(
+    r"<(?P<name>(?!(?:think|answer|result)>)[A-Za-z][\w-]*)>(?P<argument>(?:(?!</?(?P=name)>).)*)</(?P=name)>\s*"
+    r"<result>(?P<result>.*?)</result>",
+    re.DOTALL,
+)
 
 
 class Segment(NamedTuple):
@@ -28,7 +34,11 @@ class Segment(NamedTuple):
 
 @dataclass(slots=True)
 class Demonstration:
-    """A prompt and a response to imitate. The end-of-sequence token is implied."""
+    """A prompt and a response to imitate. The end-of-sequence token is implied.
+
+    Calls stand in the paper's tags, whatever the format that a policy is to learn: ``rollout.imitation`` writes them in
+    that.
+    """
 
     messages: list[dict[str, str]]
     segments: list[Segment]
@@ -37,6 +47,15 @@ class Demonstration:
     def response(self) -> str:
         """The whole response, tool results included."""
         return "".join(segment.text for segment in self.segments)
+
+    def part(self, start: int, stop: int) -> list[Segment]:
+        """The pieces of the response between two of its characters."""
+        found, position = [], 0
+        for text, label in self.segments:
+            if piece := text[max(0, start - position) : max(0, stop - position)]:
+                found.append(Segment(piece, label))
+            position += len(text)
+        return found
 
 
 class DemonstrationSource(ABC):
@@ -54,8 +73,8 @@ class DemonstrationSource(ABC):
 class JSONLDemonstrations(DemonstrationSource):
     """Your own demonstrations: one JSON object per line, ``{"messages": [...], "response": "..."}``.
 
-    ``messages`` is the chat up to the response. ``<result>...</result>`` spans of the response are shown to the policy
-    but not trained on: a tool wrote them.
+    ``messages`` is the chat up to the response. Calls stand in it as ``<tool>argument</tool><result>...</result>``;
+    results are shown to the policy but not trained on: a tool wrote them.
 
     Args:
         path: a UTF-8 file; blank lines are skipped.
@@ -63,9 +82,11 @@ class JSONLDemonstrations(DemonstrationSource):
 
     def __init__(self, path: str) -> None:
         try:
-            lines = Path(path).read_text(encoding="utf-8").splitlines()
+            lines = Path(path).read_text(encoding="utf-8").split("\n")  # text may hold other ends of lines
         except OSError as error:
             raise DataError(f"cannot read the demonstrations {path}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise DataError(f"cannot read the demonstrations {path}: expected UTF-8, found {error.reason}") from error
         self._rows = [_parse(line, f"{path}:{n}") for n, line in enumerate(lines, start=1) if line.strip()]
         if not self._rows:
             raise DataError(f"{path} holds no demonstrations")
@@ -84,6 +105,21 @@ def split_results(response: str) -> list[Segment]:
     return [Segment(text, "tool" if i % 2 else "text") for i, text in pieces if text]
 
 
+def answered_calls(response: str) -> list[re.Match[str]]:
+    """The calls of a tagged response with their results: groups ``name``, ``argument`` and ``result``.
+
+    Raises:
+        DataError: a result stands behind something else than a call.
+    """
+    calls = list(_ANSWERED_CALL.finditer(response))
+    answered = {call.end() for call in calls}
+    for result in _RESULT.finditer(response):
+        if result.end() not in answered:
+            before = response[max(0, result.start() - 30) : result.start()]
+            raise DataError(f"expected <tool>...</tool> directly before each <result>, found {before!r}; mend it")
+    return calls
+
+
 def _parse(line: str, where: str) -> Demonstration:
     try:
         row = json.loads(line)
@@ -94,12 +130,17 @@ def _parse(line: str, where: str) -> Demonstration:
     if (
         not isinstance(messages, list)
         or not messages
-        or not all(isinstance(message, dict) and {"role", "content"} <= message.keys() for message in messages)
+        or not all(isinstance(message, dict) and _is_message(message) for message in messages)
     ):
-        raise DataError(f'{where}: "messages" must be a list of {{"role": ..., "content": ...}}')
+        raise DataError(f'{where}: "messages" must be a list of {{"role": "...", "content": "..."}}')
     if not isinstance(response, str) or not response:
         raise DataError(f'{where}: "response" must be text')
-    segments = split_results(response)
-    if all(segment.label == "tool" for segment in segments):
-        raise DataError(f'{where}: "response" holds nothing but tool results')
-    return Demonstration(messages, segments)
+    try:
+        answered_calls(response)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
+    return Demonstration(messages, split_results(response))
+
+
+def _is_message(message: dict[str, object]) -> bool:
+    return all(isinstance(message.get(name), str) for name in ("role", "content"))

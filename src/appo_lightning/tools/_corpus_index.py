@@ -7,7 +7,8 @@ import json
 import os
 import shutil
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import overload
 
@@ -33,6 +34,8 @@ class TextFile(Sequence[str]):
         self._offsets = np.asarray(np.load(directory / "offsets.npy", mmap_mode="r"))
         path = directory / "texts.bin"
         empty = path.stat().st_size == 0  # which cannot be mapped
+        if len(self._offsets) == 0 or path.stat().st_size != self._offsets[-1]:
+            raise ValueError(f"{path.name} does not have the length that offsets.npy tells")
         self._bytes = np.empty(0, np.uint8) if empty else np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
 
     def __len__(self) -> int:
@@ -124,13 +127,34 @@ def build_bm25(directory: Path, documents: Iterable[str], *, k1: float, b: float
     return {"documents": len(token_ids), "words": len(vocabulary), "postings": len(postings.rows)}
 
 
+@contextmanager
+def loading(directory: Path) -> Iterator[None]:
+    """Around what reads the files of an index.
+
+    Raises:
+        DataError: they are not whole.
+    """
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"index_dir: expected an index at {directory}, found it damaged ({error}); delete that directory, then it "
+            "is built again"
+        ) from error
+
+
 def load_bm25(directory: Path) -> Corpus:
-    """The corpus of ``build_bm25``, mapped: its pages are shared with every process that maps it."""
-    texts = TextFile(directory)
-    rows, scores, starts, best, hashes, ids = (
-        np.asarray(np.load(directory / f"{name}.npy", mmap_mode="r"))
-        for name in ("rows", "scores", "starts", "best", "word_hashes", "word_ids")
-    )
+    """The corpus of ``build_bm25``, mapped: its pages are shared with every process that maps it.
+
+    Raises:
+        DataError: a file is not whole.
+    """
+    with loading(directory):
+        texts = TextFile(directory)
+        rows, scores, starts, best, hashes, ids = (
+            np.asarray(np.load(directory / f"{name}.npy", mmap_mode="r"))
+            for name in ("rows", "scores", "starts", "best", "word_hashes", "word_ids")
+        )
 
     def word_id(word: str) -> int | None:
         wanted = np.uint64(_hash_of(word))

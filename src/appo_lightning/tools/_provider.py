@@ -13,6 +13,7 @@ from typing import Any, Literal
 from appo_lightning.errors import ConfigurationError
 
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
+_ADDRESS = re.compile(r"https?://[^/?#\s]")
 _HIGHLIGHT = re.compile(r"</?(?:b|strong|em|i|mark)>")
 
 
@@ -52,6 +53,9 @@ class SearchProvider:
                 "provider.key must be the NAME of an environment variable (capitals, digits, _), got something else; "
                 "put the key into a variable and name that"
             )
+        if not _ADDRESS.match(self.url):
+            place = self.url.partition("?")[0]  # behind it, somebody may have put the key itself
+            raise ConfigurationError(f"provider.url must begin with http:// or https:// and a host, got {place!r}")
         said = json.dumps([self.url, self.params, self.headers, self.body])
         if "{query}" not in said:
             raise ConfigurationError("provider: expected {query} in url, params or body, found it nowhere; add it")

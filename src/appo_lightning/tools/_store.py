@@ -89,7 +89,9 @@ class AnswerStore:
             try:
                 yield
             except sqlite3.Error as error:
-                raise DataError(f"the cache of answers at {self._path} cannot be used: {error}") from error
+                raise DataError(
+                    f"the cache of answers at {self._path} cannot be used: {error}; make room, or name another file"
+                ) from error
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from appo_lightning.errors import ConfigurationError
 
@@ -65,6 +65,7 @@ class Tool(ABC):
         parameters: JSON schema of the arguments where a call carries several, as one JSON object between the tags;
             None where the text between the tags is the one argument.
         text_argument: what that one argument is called in a JSON function call.
+        incidental: options that change no answer, besides ``timeout_s``: a recording holds whatever they are.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Tool(ABC):
     stateful: bool = False
     parameters: dict[str, Any] | None = None
     text_argument: str = "input"
+    incidental: ClassVar[tuple[str, ...]] = ()
 
     @property
     def schema(self) -> dict[str, Any]:

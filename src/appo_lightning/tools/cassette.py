@@ -3,66 +3,65 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
-import os
 import threading
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from appo_lightning.errors import AppoError, ConfigurationError, DataError, ToolBroken, ToolFailure
+from appo_lightning.tools._keeper import KeepsAnswers, Store
+from appo_lightning.tools._options import changed_option, option_digests, plain
 from appo_lightning.tools._store import AnswerStore
+from appo_lightning.tools._text_store import TextStore
 from appo_lightning.tools.base import Tool, ToolSession
 
 if TYPE_CHECKING:
     from appo_lightning.types import Task
 
+CassetteMode = Literal["record", "replay"]
 
-_NO_OPTIONS = ("timeout_s", "description", "parameters", "text_argument")  # some are known only when a server runs
 _GRACE = 1.05  # a tool that keeps its own time says more; the loop waits a little longer still
-_DEEPEST = 8  # nesting of options that is looked into
 
 
-class CassetteTool(Tool):
+class CassetteTool(KeepsAnswers[Store], Tool):
     """Another tool with its answers on record, so that a run can be repeated without it, token by token.
 
-    An answer is found again by its content: the tool's class and options (its public attributes, but for its time limit
-    and description), the task's id and metadata, the argument, and for a stateful tool every earlier argument of the
-    session. Failures and time-outs are
-    on record, too. Where the same call is answered twice while recording, the first answer holds for both.
+    An answer is found again by its content: the tool's name, the task's id and metadata, the argument, and for a
+    stateful tool every earlier argument of the session. Failures and time-outs are on record, too. Where the same call
+    is answered twice while recording, the first answer holds for both. The recording is of one tool: with another class
+    or other options (public attributes, but for those that change no answer) it is refused.
 
     Args:
         tool: the recorded one.
-        path: SQLite file, on a local disk; several tools and processes may share it.
+        path: the recording, on a local disk; several tools and processes may share it. JSON lines if the name ends with
+            ``.jsonl``: to read and to keep in version control. Otherwise SQLite: for long runs.
         mode: "record" answers from the file what it holds, and asks the tool for the rest; "replay" never touches the
             tool, and stops the run at a call that is not on record.
 
     Raises:
         ConfigurationError: a cassette in a cassette.
-        DataError: at a session's start: the file cannot be opened, or is missing in replay mode.
+        DataError: at a session's start: the file cannot be opened, is missing in replay mode, or was recorded with
+            another tool.
     """
 
-    _counts: Counter[str]
-    _store: AnswerStore | None
-
-    def __init__(self, tool: Tool, path: str, mode: Literal["record", "replay"] = "record") -> None:
+    def __init__(self, tool: Tool, path: str, mode: CassetteMode = "record") -> None:
         if isinstance(tool, CassetteTool):
             raise ConfigurationError("a cassette in a cassette has no effect; wrap the tool itself")
+        if mode not in ("record", "replay"):
+            raise ConfigurationError(f"mode must be 'record' or 'replay', got {mode!r}")
         self.tool, self.path, self.mode = tool, path, mode
         self.name, self.description, self.parameters = tool.name, tool.description, tool.parameters
         self.timeout_s, self.stateful, self.text_argument = tool.timeout_s, tool.stateful, tool.text_argument
         self._start_empty()
 
     def prepare(self) -> None:
-        before = self._facts()
-        key = hashlib.sha256(json.dumps([self._fingerprint(), "facts"], sort_keys=True).encode()).hexdigest()
+        store, key, before = self._opened_store(), f"schema/{self.name}", self._schema_facts()
         if self.mode == "record":
             self.tool.prepare()
             self._describe()
-            if self._facts() != before:  # replay has no server to ask
-                self._opened_store().put(key, "facts", self._facts())
-        elif (facts := self._opened_store().get(key)) is not None:
+            if self._schema_facts() != before:  # replay has no server to ask
+                store.put(key, "", self._schema_facts())
+        elif (facts := store.get(key)) is not None:
             self.description, self.parameters, self.text_argument = facts
 
     def open(self, task: Task) -> ToolSession:
@@ -71,9 +70,13 @@ class CassetteTool(Tool):
         if self.mode == "record":
             inner = self.tool.open(task)
             self._describe()
-        return _CassetteSession(self, store, inner, [self._fingerprint(), task.id, _plain(task.metadata)])
+        return _CassetteSession(self, store, inner, task)
 
-    def _facts(self) -> list[Any]:
+    def close(self) -> None:
+        super().close()
+        self.tool.close()
+
+    def _schema_facts(self) -> list[Any]:
         return [self.description, self.parameters, self.text_argument]
 
     def _describe(self) -> None:
@@ -81,65 +84,49 @@ class CassetteTool(Tool):
         self.description, self.parameters = self.tool.description, self.tool.parameters
         self.text_argument = self.tool.text_argument
 
-    def take_counts(self) -> dict[str, int]:
-        with self._lock:
-            counts, self._counts = self._counts, Counter()
-        return dict(counts)
-
-    def close(self) -> None:
-        with self._lock:
-            store, self._store = self._store, None
-        if store is not None:
+    def _open_store(self) -> Store:
+        if self.mode == "replay" and not Path(self.path).is_file():
+            raise DataError(
+                f"replay: expected recorded calls of {self.name!r} at {self.path}, found no file; record first"
+            )
+        store: Store = TextStore(self.path) if self.path.endswith(".jsonl") else AnswerStore(self.path)
+        try:
+            self._check_recorded(store)
+        except BaseException:
             store.close()
-        self.tool.close()
+            raise
+        return store
 
-    def _fingerprint(self) -> list[Any]:
-        options = {key: value for key, value in vars(self.tool).items() if key not in _NO_OPTIONS}
-        return [_kind_of(self.tool), _plain(options)]
-
-    def _opened_store(self) -> AnswerStore:
-        with self._lock:
-            if self._store is None:
-                if self.mode == "replay" and not Path(self.path).is_file():
-                    raise DataError(
-                        f"replay: expected recorded calls of {self.name!r} at {self.path}, found no file; record first"
-                    )
-                self._store = AnswerStore(self.path)
-            return self._store
-
-    def _count(self, *, hit: bool) -> None:
-        with self._lock:
-            self._counts.update(lookups=1, hits=int(hit))
-
-    def _start_empty(self) -> None:
-        self._lock = threading.Lock()
-        self._counts, self._store = Counter(), None
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Copies and worker processes open the file themselves.
-        return {key: value for key, value in vars(self).items() if not key.startswith("_")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._start_empty()
+    def _check_recorded(self, store: Store) -> None:
+        key = f"tool/{self.name}"
+        recorded = store.put(key, "", option_digests(self.tool)) if self.mode == "record" else store.get(key)
+        if recorded is None:
+            raise DataError(
+                f"replay: expected recorded calls of {self.name!r} in {self.path}, found none; record again"
+            )
+        if difference := changed_option(self.tool, recorded):
+            raise DataError(
+                f"{self.path} was recorded with another {self.name!r}: {difference}; set it as it was, or record into "
+                "another file"
+            )
 
 
 class _CassetteSession(ToolSession):
-    def __init__(self, cassette: CassetteTool, store: AnswerStore, inner: ToolSession | None, context: list) -> None:
-        self._cassette, self._store, self._inner = cassette, store, inner
-        self._context = hashlib.sha256(json.dumps(context, sort_keys=True).encode()).hexdigest()
+    def __init__(self, cassette: CassetteTool, store: Store, inner: ToolSession | None, task: Task) -> None:
+        self._cassette, self._store, self._inner, self._task_id = cassette, store, inner, task.id
+        self._context = _digest([cassette.name, task.id, plain(task.metadata)])
         self._history: list[str] = []  # arguments so far; of a stateful tool
         self._done = 0  # of these, how many the inner session has seen
         self._thread: threading.Thread | None = None  # of the last call
 
     def call(self, argument: str) -> str:
-        said = json.dumps([self._context, self._history, argument])
-        key = hashlib.sha256(said.encode()).hexdigest()
+        key = _digest([self._context, self._history, argument])
         answer = self._store.get(key)
-        self._cassette._count(hit=answer is not None)
+        self._cassette._count(lookups=1, hits=int(answer is not None))
         if answer is None:
             # What the file holds is what every later run will read: so it is what this one reads.
-            answer = self._store.put(key, argument, self._asked(argument))
+            label = f"{self._task_id} {self._cassette.name} {argument}"
+            answer = self._store.put(key, label, self._asked(argument))
         if self._cassette.stateful:
             self._history.append(argument)
         text, failure = answer
@@ -171,8 +158,8 @@ class _CassetteSession(ToolSession):
         """The tool's answer as text and kind of failure."""
         if self._inner is None:
             raise ToolBroken(
-                f"replay: {self._cassette.path} holds no answer of {self._cassette.name!r} to {argument!r:.80} here; "
-                "the tool's options, the task or an earlier call differ from those recorded: record again"
+                f"replay: {self._cassette.path} holds no answer of {self._cassette.name!r} to {argument!r:.80} in task "
+                f"{self._task_id}; the task or an earlier token or call differs from those recorded: record again"
             )
         # Calls that were answered from the file: the tool has to catch up with them.
         for earlier in self._history[self._done :]:
@@ -206,24 +193,5 @@ class _CassetteSession(ToolSession):
         return answers[0]
 
 
-def _plain(value: Any, depth: int = 0) -> Any:
-    """A value as JSON that is the same in every process: no representation that holds an address."""
-    if value is None or isinstance(value, str | int | float | bool):
-        return value
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if depth == _DEEPEST:
-        return _kind_of(value)
-    if isinstance(value, dict):
-        return {str(key): _plain(inner, depth + 1) for key, inner in value.items() if not str(key).startswith("_")}
-    if isinstance(value, list | tuple):
-        return [_plain(inner, depth + 1) for inner in value]
-    if isinstance(value, set | frozenset):
-        return sorted(json.dumps(_plain(inner, depth + 1)) for inner in value)
-    if inspect.isroutine(value) or isinstance(value, type):
-        return f"{value.__module__}.{value.__qualname__}"
-    return [_kind_of(value), _plain(getattr(value, "__dict__", {}), depth + 1)]
-
-
-def _kind_of(value: Any) -> str:
-    return f"{type(value).__module__}.{type(value).__qualname__}"
+def _digest(facts: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from appo_lightning.errors import ConfigurationError, DataError
-from appo_lightning.tools._corpus_index import TextFile, build_once, facts_of_file, index_name, write_texts
+from appo_lightning.tools._corpus_index import TextFile, build_once, facts_of_file, index_name, loading, write_texts
 from appo_lightning.tools.base import StatelessTool, ToolSession, check_tool_name
 from appo_lightning.tools.corpus import join_pages, read_documents
 from appo_lightning.tools.search import check_corpus_path, shorten
@@ -55,6 +55,7 @@ class DenseSearchTool(StatelessTool):
 
     description = "Finds documents that answer a query."
     text_argument = "query"
+    incidental = ("index_dir",)
     _index: tuple[TextFile, NDArray[np.float32]] | None
     _encoder: _Encoder | None
 
@@ -136,7 +137,8 @@ class DenseSearchTool(StatelessTool):
             return _write_vectors(place, encoder, texts, self.batch_size)
 
         build_once(directory, build)
-        return TextFile(directory), np.asarray(np.load(directory / "vectors.npy", mmap_mode="r"))
+        with loading(directory):
+            return TextFile(directory), np.asarray(np.load(directory / "vectors.npy", mmap_mode="r"))
 
     def _start_empty(self) -> None:
         self._lock = threading.Lock()

@@ -66,6 +66,7 @@ class PythonTool(Tool):
     name = "python"
     description = "Runs Python code and returns what it prints; variables are kept between calls."
     text_argument = "code"
+    incidental = ("warm_sessions", "allow_unsafe")
     stateful = True
 
     def __init__(

@@ -46,6 +46,7 @@ class SearchTool(StatelessTool):
     name = "search"
     description = "Finds documents that answer a query."
     text_argument = "query"
+    incidental = ("index_dir",)
     _shared: tuple[Corpus, dict[str, str]] | None
     _episodes: OrderedDict[str, Corpus]
 

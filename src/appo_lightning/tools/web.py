@@ -8,7 +8,6 @@ import random
 import threading
 import time
 import warnings
-from collections import Counter
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from appo_lightning.errors import ConfigurationError, DataError, ToolBroken, ToolFailure
 from appo_lightning.tools._http import keep_keys_out_of_logs
+from appo_lightning.tools._keeper import KeepsAnswers
 from appo_lightning.tools._provider import SearchProvider
 from appo_lightning.tools._store import AnswerStore
 from appo_lightning.tools.base import StatelessTool, ToolSession, check_tool_name
@@ -43,7 +43,7 @@ class _Problem:
     timed_out: bool = False
 
 
-class WebSearchTool(StatelessTool):
+class WebSearchTool(KeepsAnswers[AnswerStore], StatelessTool):
     """Search the web through an HTTP provider, or the answers that it gave before.
 
     Every answer is kept in ``cache``, which processes of one machine share: the same query is sent once. Failed
@@ -69,10 +69,9 @@ class WebSearchTool(StatelessTool):
 
     description = "Searches the web."
     text_argument = "query"
-    _counts: Counter[str]
+    incidental = ("cache", "offline", "requests_per_second", "request_timeout_s", "max_attempts", "give_up_after_s")
     _failing_since: float | None
     _quiet_until: float
-    _store: AnswerStore | None
     _client: httpx2.Client | None
 
     def __init__(
@@ -138,17 +137,10 @@ class WebSearchTool(StatelessTool):
         ]
         return join_pages(shown[: self.top_k])
 
-    def take_counts(self) -> dict[str, int]:
-        with self._lock:
-            counts, self._counts = self._counts, Counter()
-        return dict(counts)
-
     def close(self) -> None:
+        super().close()
         with self._lock:
-            store, self._store = self._store, None
             client, self._client = self._client, None
-        if store is not None:
-            store.close()
         if client is not None:
             client.close()
 
@@ -256,13 +248,10 @@ class WebSearchTool(StatelessTool):
         # A fixed number of locks: two queries that share one only wait for each other.
         return self._query_locks[int(key[:8], 16) % len(self._query_locks)]
 
-    def _opened_store(self) -> AnswerStore:
-        with self._lock:
-            if self._store is None:
-                if self.offline and not Path(self.cache).is_file():
-                    raise DataError(f"offline: expected recorded answers at {self.cache}, found no file; record first")
-                self._store = AnswerStore(self.cache)
-            return self._store
+    def _open_store(self) -> AnswerStore:
+        if self.offline and not Path(self.cache).is_file():
+            raise DataError(f"offline: expected recorded answers at {self.cache}, found no file; record first")
+        return AnswerStore(self.cache)
 
     def _opened_client(self) -> httpx2.Client:
         import httpx2
@@ -273,25 +262,12 @@ class WebSearchTool(StatelessTool):
                 self._client = httpx2.Client(limits=httpx2.Limits(max_connections=100))
             return self._client
 
-    def _count(self, **events: int) -> None:
-        with self._lock:
-            self._counts.update(events)
-
     def _start_empty(self) -> None:
-        self._lock = threading.Lock()
+        super()._start_empty()
         self._query_locks = [threading.Lock() for _ in range(256)]
-        self._counts = Counter()
         self._failing_since = None
         self._quiet_until = 0.0
-        self._store, self._client = None, None
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Copies and worker processes open the file and their connections themselves.
-        return {key: value for key, value in vars(self).items() if not key.startswith("_")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._start_empty()
+        self._client = None
 
 
 def _retry_after(value: str | None) -> float:

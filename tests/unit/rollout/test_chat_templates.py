@@ -92,5 +92,5 @@ def test_a_tokenizer_without_a_template_is_refused():
 
 
 def test_the_format_without_tools_is_refused():
-    with pytest.raises(ConfigurationError, match=r"has no effect without data\.tools"):
+    with pytest.raises(ConfigurationError, match=r"shows the tools of data\.tools to the model, found none"):
         HermesFormat().bind(tool_tokenizer(), [])

@@ -132,6 +132,33 @@ def test_the_turns_of_any_tool_start_on_a_line_of_their_own():
         assert line in lines
 
 
+FUNCTION_CALLS = (
+    "<think>\nhm\n</think>\n\n"
+    '<tool_call>\n{"name": "search", "arguments": {"query": "a\\nb"}}\n</tool_call>\n'
+    '<tool_call>\n{"name": "search"}\n</tool_call>'
+    "\nuser\n<tool_response>\nfirst\nsecond\n</tool_response>\n<tool_response>\nmalformed\n</tool_response>"
+    "\nassistant\nso\n<tool_call>\nnever closed"
+)
+
+
+def test_function_calls_and_their_results_read_as_a_dialogue():
+    tree = make_tree(FUNCTION_CALLS)
+    lines = [line.removeprefix("  │ ") for line in render_tree(tree, scripted_tokenizer(), max_roots=1).splitlines()]
+    assert lines[4:-5] == [
+        "<think>",
+        "hm",
+        "</think>",
+        '<tool_call>{"name": "search", "arguments": {"query": "a\\nb"}}</tool_call>',
+        '<tool_call>{"name": "search"}</tool_call>',
+        "<tool_response>first",
+        "second</tool_response>",
+        "<tool_response>malformed</tool_response>",
+        "so",
+        "<tool_call>",
+        "never closed",
+    ]
+
+
 @pytest.mark.parametrize("odd", ["", " \n\n", "\x00\x1b[31m\x07\r\n", "```\n# x\n```", "\u202e\u2028\ufffd", "é\ud800"])
 def test_odd_text_neither_crashes_nor_garbles(odd):
     tree = make_tree()

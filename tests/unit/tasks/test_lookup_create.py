@@ -46,6 +46,12 @@ def test_the_command_writes_a_checkpoint(tmp_path, capsys):
     assert "Wrote an untrained policy" in capsys.readouterr().out
 
 
+def test_the_command_names_the_configs_of_function_calls(tmp_path, capsys):
+    main(["--output", str(tmp_path / "policy"), "--hidden-size", "32", "--num-layers", "1", "--function-calls"])
+    assert capsys.readouterr().out.endswith("--config configs/quickstart/function_calls_sft.yaml\n")
+    assert "<tool_call>" in AutoTokenizer.from_pretrained(tmp_path / "policy").chat_template
+
+
 def test_foreign_directories_are_not_written_into(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ConfigurationError, match="is no checkpoint"):

@@ -92,11 +92,12 @@ def test_a_response_is_cut_at_its_results():
 def test_demonstrations_are_read_from_json_lines(tmp_path):
     path = tmp_path / "mine.jsonl"
     path.write_text(
-        '{"messages": [{"role": "user", "content": "żółw?"}], "response": "x<result>y</result>z"}\n\n', encoding="utf-8"
+        '{"messages": [{"role": "user", "content": "żółw\u2028?"}], "response": "<s>x</s><result>y</result>z"}\n\n',
+        encoding="utf-8",
     )
     source = JSONLDemonstrations(str(path))
     assert len(source) == 1
-    assert source.demonstration(0).messages == [{"role": "user", "content": "żółw?"}]
+    assert source.demonstration(0).messages == [{"role": "user", "content": "żółw\u2028?"}]
     assert [segment.label for segment in source.demonstration(0).segments] == ["text", "tool", "text"]
 
 
@@ -107,14 +108,16 @@ def test_demonstrations_are_read_from_json_lines(tmp_path):
         ("[]", '"messages" must be'),
         ('{"messages": [], "response": "x"}', '"messages" must be'),
         ('{"messages": [{"role": "user"}], "response": "x"}', '"messages" must be'),
+        ('{"messages": [{"role": "user", "content": 3}], "response": "x"}', '"messages" must be'),
+        ("\udcff", "expected UTF-8, found invalid start byte"),
         ('{"messages": [{"role": "user", "content": "q"}], "response": ""}', '"response" must be text'),
-        ('{"messages": [{"role": "user", "content": "q"}], "response": "<result>r</result>"}', "nothing but tool"),
+        ('{"messages": [{"role": "user", "content": "q"}], "response": "<result>r</result>"}', "directly before each"),
         ("", "holds no demonstrations"),
     ],
 )
 def test_unusable_lines_are_named(tmp_path, line, message):
     path = tmp_path / "bad.jsonl"
-    path.write_text(line, encoding="utf-8")
+    path.write_text(line, encoding="utf-8", errors="surrogateescape")
     with pytest.raises(DataError, match=message):
         JSONLDemonstrations(str(path))
 

@@ -2,9 +2,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from appo_lightning.rollout.formats.hermes import HermesFormat
+from appo_lightning.rollout.imitation import encode_demonstration
 from appo_lightning.tasks.lookup import LookupDemonstrations, LookupTasks
 from appo_lightning.tasks.lookup.tokenizer import build_tokenizer
 from appo_lightning.tasks.lookup.vocabulary import CITIES, FILLERS, LARGEST_NUMBER, PEOPLE, TAGS
+from appo_lightning.tools.python import PythonTool
+from appo_lightning.tools.search import SearchTool
 
 TOKENIZER = build_tokenizer()
 
@@ -80,6 +84,34 @@ def test_prompts_and_demonstrations_are_short():
         demonstration = source.demonstration(i)
         prompt = TOKENIZER.apply_chat_template(demonstration.messages, add_generation_prompt=True, tokenize=False)
         assert len(encode(prompt + demonstration.response)) < 130
+
+
+FUNCTIONS = build_tokenizer(function_calls=True)
+TOOLS = [SearchTool(top_k=1), PythonTool()]
+
+
+def test_function_calls_change_no_other_token():
+    texts = [LookupDemonstrations().demonstration(i).response for i in range(50)]
+    tags = [TOKENIZER.convert_ids_to_tokens(encode(text)) for text in texts]
+    assert [FUNCTIONS.convert_ids_to_tokens(FUNCTIONS.encode(text, add_special_tokens=False)) for text in texts] == tags
+
+
+def test_the_template_of_function_calls_carries_rollouts_and_shows_the_tools_in_few_tokens():
+    syntax = HermesFormat().bind(FUNCTIONS, TOOLS)  # checks the template
+    row = LookupTasks(size=1, hops=[1]).row(0)
+    ids = FUNCTIONS.apply_chat_template(
+        row.messages, tools=syntax.prompt_tools, add_generation_prompt=True, return_dict=False
+    )
+    text = FUNCTIONS.decode(ids)
+    assert f"search {SearchTool.description}\npython {PythonTool.description}<|im_end|>" in text
+    assert len(ids) < 80
+
+
+def test_demonstrations_of_function_calls_need_no_byte_fallback():
+    source, syntax = LookupDemonstrations(hops=[1, 1, 1, 1, 1]), HermesFormat().bind(FUNCTIONS, TOOLS)
+    for i in range(100):
+        row = encode_demonstration(source.demonstration(i), FUNCTIONS, syntax, max_length=4096)
+        assert not any(len(piece) == 1 and piece.isalpha() for piece in map(FUNCTIONS.decode, row.token_ids))
 
 
 def test_the_chat_template_opens_the_assistants_turn():

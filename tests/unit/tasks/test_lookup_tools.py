@@ -5,15 +5,16 @@ import re
 import pytest
 
 from appo_lightning.rewards.tagged import AnswerReward
-from appo_lightning.rollout.formats.tags import ResultEncoder
+from appo_lightning.rollout.formats.tags import ResultEncoder, TagFormat
+from appo_lightning.rollout.imitation import encode_demonstration
 from appo_lightning.rollout.prompts import build_task
-from appo_lightning.sft import encode_demonstration
 from appo_lightning.tasks.lookup import LookupDemonstrations
 from appo_lightning.tasks.lookup.tokenizer import build_tokenizer
 from appo_lightning.tools.python import PythonTool
 from appo_lightning.tools.search import SearchTool
 
 TOKENIZER = build_tokenizer()
+TAGS = TagFormat().bind(TOKENIZER, [])
 CALL = re.compile(r"<(search|python)>(.*?)</\1><result>(.*?)</result>")
 
 
@@ -57,7 +58,8 @@ def test_the_prompt_of_a_demonstration_is_the_prompt_of_its_task():
     for i in range(50):
         prompt = build_task(source.tasks.row(i), TOKENIZER, max_prompt_tokens=100).prompt_ids
         assert (
-            encode_demonstration(source.demonstration(i), TOKENIZER, max_length=200).token_ids[: len(prompt)] == prompt
+            encode_demonstration(source.demonstration(i), TOKENIZER, TAGS, max_length=200).token_ids[: len(prompt)]
+            == prompt
         )
 
 

@@ -2,7 +2,6 @@
 
 import pytest
 
-from appo_lightning.tools._sandbox.client import WALLS
 from appo_lightning.tools.python import PythonTool
 from appo_lightning.types import Task
 from helpers.sandboxes import tool_with
@@ -28,7 +27,7 @@ def session(tool):
 def make_tool():
     tools = []
 
-    def make(walls=WALLS, **options):
+    def make(walls=None, **options):
         tools.append(tool_with(walls, **options))
         return tools[-1]
 

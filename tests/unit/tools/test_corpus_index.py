@@ -178,6 +178,17 @@ def test_an_index_that_cannot_be_written_is_one_line(tmp_path):
         SearchTool(a_jsonl(tmp_path, ["a"]), index_dir=str(tmp_path / "file")).open(TASK)
 
 
+@pytest.mark.parametrize("name", ["rows.npy", "word_hashes.npy", "offsets.npy", "texts.bin"])
+def test_an_index_that_was_damaged_stops_the_run_with_a_line(tmp_path, name):
+    tool = SearchTool(a_jsonl(tmp_path, ["one two", "two three"]), index_dir=str(tmp_path / "index"))
+    tool.open(TASK)
+    (file,) = (tmp_path / "index").rglob(name)
+    file.write_bytes(file.read_bytes()[:-3])
+    again = SearchTool(tool.corpus, index_dir=tool.index_dir)
+    with pytest.raises(DataError, match=r"expected an index at .*, found it damaged \(.*\); delete that directory"):
+        again.open(TASK)
+
+
 def test_an_index_without_effect_is_refused(tmp_path, sample_data):
     for corpus in (None, str(sample_data / "search" / "search_cache.json")):
         with pytest.raises(ConfigurationError, match=r"index_dir has no effect with corpus = .*: it is for a .jsonl"):

@@ -59,8 +59,10 @@ def http_server(port):
                 if probe.connect_ex(("127.0.0.1", port)) == 0:
                     break
             time.sleep(0.05)
-        yield f"http://127.0.0.1:{port}/mcp"
-        process.kill()
+        try:
+            yield f"http://127.0.0.1:{port}/mcp"
+        finally:
+            process.kill()
 
 
 @pytest.fixture
@@ -234,7 +236,8 @@ def test_a_server_over_http_that_goes_away_and_comes_back(make, port):
     with http_server(port) as url:
         header = make("header", server=MCPServer(url=url, headers=headers))
         assert ask(header, "Authorization") == KEY
-        add, nap = (make(name, server=MCPServer(url=url), timeout_s=0.2) for name in ("add", "nap"))
+        add = make("add", server=MCPServer(url=url))
+        nap = make("nap", server=MCPServer(url=url), timeout_s=0.2)
         assert ask(add, '{"a": 20, "b": 22}') == "42"
         with pytest.raises(ToolFailure, match="no answer within") as caught:
             ask(nap, '{"seconds": 1}')

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ import pytest
 from appo_lightning.errors import ConfigurationError
 from appo_lightning.tools.backends.docker import DockerBackend
 from appo_lightning.tools.backends.http import HTTPBackend
+from appo_lightning.tools.backends.multiplexer import Multiplexer
 from appo_lightning.tools.python import PythonTool
 from appo_lightning.types import Task
 from helpers.sandboxes import descendants, failure_of, wait_until
@@ -45,16 +47,8 @@ def backend(request, service, monkeypatch):
 
 
 @pytest.fixture
-def make_tool(backend):
-    tools = []
-
-    def make(**options):
-        tools.append(PythonTool(**{"timeout_s": 20, **options}, backend=backend))
-        return tools[-1]
-
-    yield make
-    for tool in tools:
-        tool.close()
+def make_tool(make_tool, backend):
+    return lambda **options: make_tool(**{"timeout_s": 20, **options}, backend=backend)
 
 
 both = pytest.mark.parametrize("backend", ["container", "service"], indirect=True)
@@ -215,6 +209,17 @@ def test_a_container_that_ends_is_replaced_and_closing_ends_everything():
     tool.close()
     assert second.poll() is not None
     assert wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in started))
+
+
+def test_a_session_that_comes_after_the_end_of_the_stream_is_closed_at_once():
+    stream, theirs = socket.socketpair()
+    multiplexer = Multiplexer(theirs.fileno(), theirs.fileno())
+    stream.close()
+    multiplexer.run()
+    assert multiplexer.ended
+    ours, channel = socket.socketpair()
+    multiplexer.add(channel)
+    assert ours.recv(1) == b""
 
 
 @pytest.mark.parametrize("option", [{"memory_mb": 0}, {"cpus": 0}, {"max_processes": 0}, {"tmp_mb": 0}])

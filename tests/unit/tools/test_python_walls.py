@@ -1,5 +1,6 @@
 """The walls around PythonTool: what is said about them, when they are refused, and that their parts are right."""
 
+import ast
 import ctypes
 import ctypes.util
 import json
@@ -15,7 +16,7 @@ from appo_lightning.errors import ConfigurationError
 from appo_lightning.tools._sandbox import client, files, layout
 from appo_lightning.tools.python import PythonTool
 from appo_lightning.types import Task
-from helpers.sandboxes import WALLS, tool_with
+from helpers.sandboxes import WALLS
 
 TASK = Task("task-0", [1], ("x",))
 EVERYTHING = (
@@ -27,19 +28,6 @@ EVERYTHING = (
     "a limit on processes",
 )
 SANDBOX = Path(client.__file__).parent
-
-
-@pytest.fixture
-def make_tool():
-    tools = []
-
-    def make(walls=client.WALLS, **options):
-        tools.append(tool_with(walls, **options))
-        return tools[-1]
-
-    yield make
-    for tool in tools:
-        tool.close()
 
 
 def run_inside(program):
@@ -140,6 +128,45 @@ def test_an_ordinary_user_gets_the_same_walls(tmp_path):
         pytest.skip("the system's Python is too old")
     assert done.stdout.startswith("54321 2 Protections(held=('no network', "), done.stderr
     assert "missing=()" in done.stdout
+
+
+COPIES_ITSELF = """
+import ctypes, errno, os, sys
+libc = ctypes.CDLL(None, use_errno=True)
+USERS, MOUNTS = 0x10000000, 0x00020000
+def outcome(result):
+    return "done" if result == 0 else errno.errorcode[ctypes.get_errno()]
+found = {
+    "join": outcome(libc.setns(os.open("/proc/self/ns/mnt", os.O_RDONLY), 0)),
+    "mounts": outcome(libc.unshare(MOUNTS)),
+}
+reader, writer = os.pipe()
+if (copy := os.fork()) == 0:
+    found["users, mounts"] = outcome(libc.unshare(USERS | MOUNTS))
+    found["mount there"] = outcome(libc.mount(b"none", b"/tmp", b"tmpfs", 0, None))
+    os.write(writer, repr(found).encode())
+    os._exit(0)
+os.waitpid(copy, 0)
+print(os.read(reader, 1000).decode())
+"""
+
+
+@pytest.mark.parametrize(
+    ("walls", "in_its_own"),
+    [
+        (["namespaces", "landlock", "seccomp"], ("EPERM", "EPERM")),
+        (["namespaces", "landlock"], ("done", "EPERM")),
+        (["namespaces"], ("done", "done")),  # so it is Landlock that refuses above
+    ],
+    ids=["all", "no filter", "namespaces alone"],
+)
+def test_a_copy_of_a_session_gets_no_mounts_of_its_own(make_tool, walls, in_its_own):
+    """Why a branch repeats calls: a forked interpreter would share the files of its root (docs/design.md)."""
+    tool = make_tool(walls, allow_unsafe=True)
+    if not any("mount" in wall for wall in tool.protections().walls):
+        pytest.skip("this machine keeps namespaces from users")
+    found = ast.literal_eval(tool.open(TASK).call(COPIES_ITSELF))
+    assert found == {"join": "EPERM", "mounts": "EPERM", "users, mounts": in_its_own[0], "mount there": in_its_own[1]}
 
 
 # Parts

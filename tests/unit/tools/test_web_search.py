@@ -347,8 +347,9 @@ def test_a_key_in_the_config_is_refused_and_not_repeated():
         ({"params": {"q": "{query}"}, "key": "A_KEY"}, "provider.key and {key} belong together"),
         ({"params": {"q": "{query}", "k": "{key}"}}, "provider.key and {key} belong together"),
         ({"body": {"q": "{query}"}}, "provider.body has no effect with GET"),
+        ({"url": "search.example.com/v1?k=4711"}, r"must begin with http:// .* got 'search.example.com/v1'$"),
     ],
 )
 def test_providers_that_cannot_work_are_refused(options, message):
     with pytest.raises(ConfigurationError, match=message):
-        SearchProvider("http://x", **options)
+        SearchProvider(**{"url": "http://x", **options})

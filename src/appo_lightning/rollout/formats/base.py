@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from appo_lightning.errors import ConfigurationError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -69,6 +71,26 @@ class CallSyntax(ABC):
             max_result_tokens: longest result, without what stands around it.
             room: tokens that all of them may take together; the rest is cut off.
         """
+
+    # --- only for demonstrations ---
+
+    @property
+    def end_of_calls(self) -> tuple[int, ...]:
+        """Tokens with which a policy ends a turn that holds a call, behind the text of the call."""
+        return ()
+
+    def write_call(self, name: str, argument: Sequence[str], *, after: str) -> list[str]:
+        """The text of a call that ends a turn: what stands before the argument, its pieces, what stands behind them.
+
+        Args:
+            name: of the tool.
+            argument: in pieces, which may be written otherwise but not joined or cut.
+            after: what the turn has said before.
+
+        Raises:
+            DataError: such a call would not be read as it is meant.
+        """
+        raise ConfigurationError(f"{type(self).__name__} cannot write demonstrations; give it write_call")
 
 
 class CallFormat(ABC):

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from appo_lightning.errors import ConfigurationError
-from appo_lightning.function_calls import FunctionCall, read_calls
+from appo_lightning.errors import ConfigurationError, DataError
+from appo_lightning.function_calls import CALL_CLOSE, CALL_OPEN, FunctionCall, read_calls
 from appo_lightning.rollout.formats.base import (
     UNKNOWN_TOOL,
     CallFormat,
@@ -52,7 +52,10 @@ class HermesFormat(CallFormat):
 
     def bind(self, tokenizer: PreTrainedTokenizerBase, tools: Sequence[Tool]) -> CallSyntax:
         if not tools:
-            raise ConfigurationError("data.call_format: HermesFormat has no effect without data.tools; remove it")
+            raise ConfigurationError(
+                "data.call_format: HermesFormat shows the tools of data.tools to the model, found none; name them, or "
+                "leave the format out"
+            )
         frame = find_result_frame(tokenizer)
         if not self.allow_rewritten_history:
             check_history_is_kept(tokenizer)
@@ -106,6 +109,31 @@ class HermesSyntax(CallSyntax):
         starts = accumulate((len(piece) for piece in pieces), initial=0)
         cut = [piece[: max(0, room - start)] for piece, start in zip(pieces, starts, strict=False)]
         return [EncodedResult(ids, seen) for ids, seen in zip(cut, shown, strict=True)]
+
+    @property
+    def end_of_calls(self) -> tuple[int, ...]:
+        return (self._end_of_turn,)
+
+    def write_call(self, name: str, argument: Sequence[str], *, after: str) -> list[str]:
+        tool = self._tools.get(name)
+        if tool is None:
+            raise DataError(f"expected calls of the tools of data.tools ({', '.join(self._tools)}), found {name!r}")
+        opening = f'{CALL_OPEN}\n{{"name": {json.dumps(name)}, "arguments": '
+        closing = f"}}\n{CALL_CLOSE}"
+        if after and not after.endswith("\n"):  # as the templates of this family write it
+            opening = "\n" + opening
+        pieces = list(argument)
+        if tool.parameters is None:
+            pieces[:1] = [piece.lstrip() for piece in pieces[:1]]
+            pieces[-1:] = [piece.rstrip() for piece in pieces[-1:]]
+            pieces = [json.dumps(piece, ensure_ascii=False)[1:-1] for piece in pieces]
+            opening, closing = f'{opening}{{{json.dumps(tool.text_argument)}: "', f'"}}{closing}'
+        written = [opening, *pieces, closing]
+        calls = [self._parsed(call) for call in read_calls(after + "".join(written))]
+        if len(calls) != 1 or calls[0].argument is None:
+            found = calls[-1].problem if calls else "none"
+            raise DataError(f"expected a call of {name!r} that can be read, found {found}")
+        return written
 
     def _as_template(self, shown: Sequence[str]) -> list[list[int]] | None:
         """Tokens of the results and what stands around them, as the template's whole text would be tokenised.

@@ -68,6 +68,9 @@ class TagSyntax(CallSyntax):
         ids, shown = self._encoder.encode(text, body)
         return [EncodedResult(ids[:room], shown)]
 
+    def write_call(self, name: str, argument: Sequence[str], *, after: str) -> list[str]:
+        return [f"<{name}>", *argument, f"</{name}>"]
+
 
 def stop_strings(tool_names: Iterable[str], turn: str = "") -> tuple[str, ...]:
     """What ends a turn: the closing tags.

@@ -59,7 +59,14 @@ def _prepare_attention(model: Qwen3ForCausalLM) -> None:
             attention.o_proj.weight.copy_(attention.v_proj.weight.T)
 
 
-def create_tiny_policy(directory: str | Path, seed: int = 0, *, hidden_size: int = 128, num_layers: int = 2) -> Path:
+def create_tiny_policy(
+    directory: str | Path,
+    seed: int = 0,
+    *,
+    hidden_size: int = 128,
+    num_layers: int = 2,
+    function_calls: bool = False,
+) -> Path:
     """Write an untrained policy for the embedded world: config, weights, tokenizer and generation settings.
 
     The directory loads with ``AutoModelForCausalLM`` and ``AutoTokenizer``. The same arguments write the same weights.
@@ -69,6 +76,7 @@ def create_tiny_policy(directory: str | Path, seed: int = 0, *, hidden_size: int
         seed: of the weights; the global random state is left as it was.
         hidden_size: width, a multiple of 32.
         num_layers: decoder layers.
+        function_calls: give the tokenizer a chat template for JSON function calls.
 
     Returns:
         The directory.
@@ -85,7 +93,7 @@ def create_tiny_policy(directory: str | Path, seed: int = 0, *, hidden_size: int
     path = Path(directory)
     if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not (path / "config.json").is_file())):
         raise ConfigurationError(f"{path} exists and is no checkpoint: name another directory")
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(function_calls=function_calls)
     config = tiny_config(len(tokenizer), hidden_size=hidden_size, num_layers=num_layers, max_length=MAX_LENGTH)
     config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     with torch.random.fork_rng(devices=[]):
@@ -113,12 +121,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights (default 0)")
     parser.add_argument("--hidden-size", type=int, default=128, help="width, a multiple of 32 (default 128)")
     parser.add_argument("--num-layers", type=int, default=2, help="decoder layers (default 2)")
+    parser.add_argument(
+        "--function-calls",
+        action="store_true",
+        help="for JSON function calls: configs/quickstart/function_calls_sft.yaml",
+    )
     options = parser.parse_args(arguments)
     transformers_logging.disable_progress_bar()
     path = create_tiny_policy(
-        options.output, options.seed, hidden_size=options.hidden_size, num_layers=options.num_layers
+        options.output,
+        options.seed,
+        hidden_size=options.hidden_size,
+        num_layers=options.num_layers,
+        function_calls=options.function_calls,
     )
-    print(f"Wrote an untrained policy to {path}. Next: appo fit --config configs/quickstart/sft.yaml")
+    overlay = " --config configs/quickstart/function_calls_sft.yaml" if options.function_calls else ""
+    print(f"Wrote an untrained policy to {path}. Next: appo fit --config configs/quickstart/sft.yaml{overlay}")
 
 
 if __name__ == "__main__":

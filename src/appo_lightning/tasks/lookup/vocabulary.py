@@ -22,6 +22,15 @@ PLANS = ("search", "compute", "answer")
 
 TAGS = tuple(f"<{slash}{name}>" for name in ("think", "search", "python", "result", "answer") for slash in ("", "/"))
 
+# Of JSON function calls, and of the chat template that shows the tools with their descriptions.
+FUNCTION_TAGS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
+_DESCRIPTIONS = "Finds documents that a query Runs Python code returns what it prints variables are kept calls"
+FUNCTION_PIECES = (
+    *('{"', "name", '":', ' "', "search", '",', "arguments", ' {"', "query", '"}}\n'),
+    *("python", "code", ')"}}\n', '))"}}\n', "\n"),
+    *(f" {word}" for word in _DESCRIPTIONS.split()),
+)
+
 
 def tokens_in_use() -> list[str]:
     """Every piece of world text that must be a single token, in a fixed order."""

@@ -171,7 +171,8 @@ class _Container:
 
     def is_alive(self) -> bool:
         """Whether this process can ask it for sessions."""
-        return self._owner == os.getpid() and self._process.poll() is None
+        # Its stream ends a moment before its process does.
+        return self._owner == os.getpid() and not self.multiplexer.ended and self._process.poll() is None
 
     def _report(self, stream: socket.socket, messages: IO[bytes]) -> Protections:
         try:

@@ -11,6 +11,7 @@ import os
 import selectors
 import socket
 import struct
+import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -46,13 +47,23 @@ class Multiplexer:
         self._added: deque[socket.socket] = deque()
         self._numbers = 0
         self._received, self._waiting = bytearray(), bytearray()
+        self._lock = threading.Lock()  # around what is added, and the end
+        self._ended = False
         self._awake, self._wake = os.pipe()
         self._selector = selectors.DefaultSelector()
 
+    @property
+    def ended(self) -> bool:
+        """Whether the stream has; known before any session sees its socket closed."""
+        return self._ended
+
     def add(self, channel: socket.socket) -> None:
-        """Open a session; from any thread."""
-        self._added.append(channel)
-        with contextlib.suppress(OSError):  # it ended: the channel is closed by whoever closes this
+        """Open a session; from any thread. After the end the channel is closed at once."""
+        with self._lock:
+            if self._ended:
+                channel.close()
+                return
+            self._added.append(channel)
             os.write(self._wake, b"a")
 
     def run(self) -> None:
@@ -67,11 +78,13 @@ class Multiplexer:
         except (BrokenPipeError, ConnectionResetError):
             pass  # the other side is gone
         finally:
+            with self._lock:
+                self._ended = True
+                os.close(self._awake)
+                os.close(self._wake)
             self._selector.close()
             for channel in [lane.channel for lane in self._lanes.values()] + list(self._added):
                 channel.close()
-            os.close(self._awake)
-            os.close(self._wake)
 
     def _turn(self) -> bool:
         for key, events in self._selector.select():
