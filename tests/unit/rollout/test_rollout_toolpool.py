@@ -225,11 +225,12 @@ def test_threads_are_kept_for_further_calls_and_runs_and_end_with_the_pool():
         submit(pool, str(i), lambda: used.add(threading.current_thread()) or "ok")  # type: ignore[func-returns-value]
     drain(pool)
     assert first <= used
-    assert len(used) <= 3
-    assert tool_threads() - before == used
+    started = tool_threads() - before
+    assert used <= started  # one may have found every call taken
+    assert len(started) <= 3
     del pool
     gc.collect()
-    assert ended(used)
+    assert ended(started)
 
 
 def test_a_thread_that_hangs_is_replaced_and_takes_no_further_call():
