@@ -137,8 +137,8 @@ def fit_with_an_engine_that_chokes(run: Run, where: str) -> str:
     ("strategy", "where"),
     [("fsdp2", "push"), ("fsdp2", "canary"), ("ddp", "push"), ("ddp", "canary"), ("ddp", "sleep")],
 )
-def test_no_rank_waits_for_one_that_failed_in_a_push(checkpoint, strategy, where) -> None:
-    run = Run(checkpoint, strategy=strategy, max_steps=4)
+def test_no_rank_waits_for_one_that_failed_in_a_push(checkpoint, tmp_path, strategy, where) -> None:
+    run = Run(checkpoint, strategy=strategy, max_steps=4, output=str(tmp_path))
     other, own = run_ranks(fit_with_an_engine_that_chokes, run, where, timeout=60.0)
     if where == "canary":
         assert own == "rank 1: Choking failed to step: RuntimeError: out of memory, right after a weight push"

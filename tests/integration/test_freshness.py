@@ -256,8 +256,8 @@ def test_the_canary_notices_nan(checkpoint) -> None:
 
 
 @pytest.mark.parametrize("comes_back", [False, True])
-def test_an_engine_that_hangs_in_the_canary_is_given_up(checkpoint, comes_back) -> None:
-    run, sampler = Run(checkpoint), Hanging(comes_back)
+def test_an_engine_that_hangs_in_the_canary_is_given_up(checkpoint, tmp_path, comes_back) -> None:
+    run, sampler = Run(checkpoint, output=str(tmp_path)), Hanging(comes_back)
     data = run.data(sampler)
     data.rollout = replace(data.rollout, stall_timeout_s=0.5)
     with pytest.raises(EngineFailure, match=r"sampled no token for 0.5 seconds \(data.rollout.stall_timeout_s\)"):

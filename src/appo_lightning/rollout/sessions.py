@@ -29,11 +29,18 @@ def calls_to_replay(calls: Sequence[ToolCall], name: str) -> list[ToolCall]:
     return replay
 
 
-def digest_of(answer: str | Exception) -> str:
-    """What a call answered or failed with, short; "" for a time-out, which says nothing about the tool's state."""
+def digest_of(answer: str | Exception, state: str = "") -> str:
+    """What a call answered or failed with, short; "" for a time-out, which says nothing about the tool's state.
+
+    Args:
+        answer: what the policy reads.
+        state: ``ToolSession.state_digest`` behind the call.
+    """
     if isinstance(answer, ToolFailure) and answer.kind == "timeout":
         return ""
     text = answer if isinstance(answer, str) else f"{type(answer).__name__}: {answer}"
+    if state:
+        text = f"{text}\0{state}"
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 
@@ -49,8 +56,9 @@ class EpisodeSession:
         replay: calls to repeat before the first call, so that the session has the state that they left.
 
     Attributes:
-        digest: of the last answer.
-        state_matches: whether the repeated calls answered as they did at first; None: none was repeated.
+        digest: of the last answer, and of what the session remembered behind it.
+        state_matches: whether the repeated calls answered as they did at first and left the same behind; None: none was
+            repeated.
     """
 
     def __init__(self, tool: Tool, task: Task, replay: Sequence[ToolCall] = ()) -> None:
@@ -77,10 +85,10 @@ class EpisodeSession:
         self.digest = ""
         try:
             answer = self._opened().call(argument)
-            self.digest = digest_of(answer)
+            self.digest = digest_of(answer, self._state())
             return answer
         except Exception as error:
-            self.digest = digest_of(error)
+            self.digest = digest_of(error, self._state())
             raise
         finally:
             with self._lock:
@@ -127,20 +135,29 @@ class EpisodeSession:
             if recorded.error == "error" and not timed_out:
                 self._compare(recorded, error)
                 return
+            if not timed_out:
+                self._mark(matches=False)
             # Kind "timeout": this session's state is not the root's, so it is given up.
             raise ToolFailure(f"the state of earlier calls is lost: {error}", kind="timeout") from error
 
     def _compare(self, recorded: ToolCall, answer: str | Exception) -> None:
         if not recorded.digest:
             return
-        matches = digest_of(answer) == recorded.digest
+        self._mark(matches=digest_of(answer, self._state()) == recorded.digest)
+
+    def _mark(self, *, matches: bool) -> None:
         self.state_matches = matches and self.state_matches is not False
         if not matches:
             warnings.warn(
-                f"tool {self._tool.name!r}: a call repeated for a branch did not answer as in its root (time, chance, "
-                "addresses?): the branch may start from another state; tools/replay_mismatch_rate counts such branches",
+                f"tool {self._tool.name!r}: a call repeated for a branch did not do what it did in its root (time, "
+                "chance, addresses?): the branch may start from another state; tools/replay_mismatch_rate counts such "
+                "branches",
                 stacklevel=2,
             )
+
+    def _state(self) -> str:
+        with self._lock:
+            return "" if self._session is None else self._session.state_digest
 
     def _check_wanted(self) -> None:
         if self._closing:

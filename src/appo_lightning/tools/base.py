@@ -35,7 +35,13 @@ class ToolSession(ABC):
 
     Calls of one session never overlap, nor does ``close`` overlap a call; sessions run in parallel threads. A session
     whose call outlived its time is closed and never used again.
+
+    Attributes:
+        state_digest: after a call, a short text that differs where the session remembers something else, for a tool
+            with ``stateful``; "" says nothing.
     """
+
+    state_digest: str = ""
 
     @abstractmethod
     def call(self, argument: str) -> str:

@@ -181,9 +181,10 @@ class PythonSession(ToolSession):
                 f"expected at most {_MAX_CODE_CHARS} characters of code, got {len(argument)}", "malformed"
             )
         self._start_call()
+        self.state_digest = ""
         try:
             # Half a surrogate pair is no text; let the interpreter say so.
-            output, error = self._exchange(argument.encode("utf-8", "surrogatepass"))
+            output, self.state_digest, error = self._exchange(argument.encode("utf-8", "surrogatepass"))
         except TimeoutError:
             self._drop_interpreter()
             raise self._timeout(f"no result within {self._tool.timeout_s:g} s") from None
@@ -225,8 +226,8 @@ class PythonSession(ToolSession):
         if closed:
             self._drop_interpreter()
 
-    def _exchange(self, code: bytes) -> tuple[bytes, str]:
-        """Send one call and wait for its output and its error line."""
+    def _exchange(self, code: bytes) -> tuple[bytes, str, str]:
+        """Send one call and wait for its output, the digest of the state behind it, and its error line."""
         channel = self._connected()
         # Not before: the first session of a run waits for the server, and that is not the policy's time.
         deadline = time.monotonic() + self._tool.timeout_s
@@ -239,8 +240,9 @@ class PythonSession(ToolSession):
         except OSError:
             pass  # it died between two calls; what the server said about it can still be read
         output = self._receive(channel, frames.OUTPUT, deadline)
+        state = self._receive(channel, frames.STATE, deadline)
         error = self._receive(channel, frames.DONE, deadline)
-        return output, error.decode("utf-8", "replace")
+        return output, state.decode("utf-8", "replace"), error.decode("utf-8", "replace")
 
     def _connected(self) -> socket.socket:
         if self._channel is None:

@@ -53,7 +53,7 @@ class _Session:
         self.used = time.monotonic()
 
     def call(self, code: str, timeout_s: float) -> dict[str, Any]:
-        """Output, error line, and how the interpreter ended, if it did."""
+        """Output, digest of the state, error line, and how the interpreter ended, if it did."""
         with self._lock:
             self._number += 1
             deadline = time.monotonic() + timeout_s
@@ -62,6 +62,7 @@ class _Session:
                 with contextlib.suppress(BrokenPipeError):
                     frames.send(self._channel, frames.CODE, self._number, code.encode("utf-8", "surrogatepass"))
                 output = self._receive(frames.OUTPUT, deadline)
+                state = self._receive(frames.STATE, deadline)
                 error = self._receive(frames.DONE, deadline)
             except TimeoutError:
                 return {"output": "", "error": "", "ended": TIME_LIMIT}
@@ -71,7 +72,8 @@ class _Session:
                 return {"output": "", "error": "", "ended": str(ended)}
             finally:
                 self.used = time.monotonic()
-        return {"output": output.decode("utf-8", "replace"), "error": error.decode("utf-8", "replace"), "ended": None}
+        texts = {"output": output, "state": state, "error": error}
+        return {name: text.decode("utf-8", "replace") for name, text in texts.items()} | {"ended": None}
 
     def close(self) -> None:
         """End the interpreter; a running call returns."""

@@ -360,7 +360,7 @@ def test_a_repeated_call_that_answers_otherwise_marks_the_branch(first, matches)
         )
     assert branch.tool_calls[0].digest == root.tool_calls[0].digest
     assert branch.tool_calls[1].state_matches is matches
-    assert ["did not answer as in its root" in str(warning.message) for warning in said] == [True] * (not matches)
+    assert ["did not do what it did in its root" in str(warning.message) for warning in said] == [True] * (not matches)
 
 
 def test_what_was_cut_for_the_policy_is_compared_as_a_whole():
@@ -368,7 +368,7 @@ def test_what_was_cut_for_the_policy_is_compared_as_a_whole():
     call = recorded("x=1")
     call.digest = digest_of("x" * 10_000)
     session = EpisodeSession(tool, make_task(), [call])
-    with pytest.warns(UserWarning, match="did not answer as in its root"):
+    with pytest.warns(UserWarning, match="did not do what it did in its root"):
         session.call("x")
     assert session.state_matches is False
     assert digest_of("x" * 10_000) != digest_of("x" * 9_999)

@@ -17,11 +17,12 @@ CODE = 3  # trainer to session: run this source text
 OUTPUT = 4  # session to trainer: what was printed
 DONE = 5  # session to trainer: the call is over; the payload is the error line, or empty
 LACKS = 7  # server to trainer: this machine cannot give it namespaces, the payload says why
+STATE = 8  # session to trainer: a digest of the variables after the call; between OUTPUT and DONE
 ENDED = 6  # server to trainer: the session's process is gone; the payload says how
 
 _HEADER = struct.Struct("!4sBII")  # mark, kind, call number, payload bytes
 _MARK = b"appo"
-_KINDS = frozenset((READY, REFUSED, CODE, OUTPUT, DONE, ENDED, LACKS))
+_KINDS = frozenset((READY, REFUSED, CODE, OUTPUT, DONE, STATE, ENDED, LACKS))
 
 
 class BrokenFrame(Exception):

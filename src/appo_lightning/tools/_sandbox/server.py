@@ -35,6 +35,7 @@ import probe
 import processes
 import seccomp
 import session
+import state
 import syscalls
 import walls as walls_module
 import watch
@@ -298,6 +299,7 @@ def _hide_own_modules() -> None:
         processes,
         seccomp,
         session,
+        state,
         syscalls,
         walls_module,
         watch,

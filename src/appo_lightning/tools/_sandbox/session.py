@@ -23,6 +23,7 @@ import frames
 import limits as limits_module
 import probe
 import processes
+import state
 from limits import Limits
 from probe import Bait
 from walls import Walls, go_behind
@@ -93,8 +94,13 @@ def _serve(channel: socket.socket, limits: Limits, output: _BoundedOutput) -> No
         if os.getpid() != this_process:
             # Policy code forked, and this copy came home: only the original answers.
             os._exit(0)
-        frames.send(channel, frames.OUTPUT, request.number, output.take())
-        frames.send(channel, frames.DONE, request.number, error.encode("utf-8", "replace"))
+        answer = (
+            (frames.OUTPUT, output.take()),
+            (frames.STATE, state.digest(scope).encode()),
+            (frames.DONE, error.encode("utf-8", "replace")),
+        )
+        # As one write, so that whoever waits wakes once.
+        channel.sendall(b"".join(frames.pack(kind, request.number, payload) for kind, payload in answer))
 
 
 def _evaluate(code: bytes, scope: dict[str, Any]) -> str:

@@ -107,6 +107,7 @@ class ServiceClient:
                     return
                 output = str(answer["output"]).encode("utf-8", "replace")[: self._needs.limits.output_bytes]
                 frames.send(channel, frames.OUTPUT, call.number, output)
+                frames.send(channel, frames.STATE, call.number, str(answer.get("state", "")).encode("utf-8", "replace"))
                 frames.send(channel, frames.DONE, call.number, str(answer["error"]).encode("utf-8", "replace"))
         except (EOFError, OSError, frames.BrokenFrame):
             pass  # the session hung up
