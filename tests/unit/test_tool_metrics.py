@@ -183,6 +183,34 @@ def test_an_alarm_is_given_once_until_it_is_over(tmp_path):
     )
 
 
+def test_a_late_alarm_leaves_rollouts_of_its_own_step(tmp_path):
+    wires = {rank: Tripwires(AlarmRates(repeated_calls=0.5), keep=4) for rank in (0, 1)}
+    trainers = {rank: a_trainer(tmp_path, rank) for rank in wires}
+    repeated, honest = a_rollout(a_call(), a_call()), a_rollout(a_call())
+    for rank, wire in wires.items():
+        wire.on_train_start(trainers[rank], SimpleNamespace(policy=SimpleNamespace(tokenizer=scripted_tokenizer())))
+    # 40 % below the alarm fill the file in two steps of three; at 30 an alarm starts, goes on, ends, starts again.
+    for step, offenders in ((1, 2), (2, 2), (3, 2), (30, 5), (31, 5), (32, 2), (33, 5)):
+        for rank, wire in wires.items():
+            trainers[rank].global_step = step
+            rollouts = [repeated] * offenders + [honest] * (5 - offenders)
+            rings = pytest.warns(UserWarning, match=f"of step {step}, alarm at 50.0%; some are in")
+            with rings if rank == 0 and step in (30, 33) else warnings.catch_warnings(action="error"):
+                end_batch(wire, trainers[rank], *rollouts)
+    for name in ("tripwires.jsonl", "tripwires.rank1.jsonl"):
+        lines = [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+        assert [line["step"] for line in lines] == [1, 1, 2, 2, 30, 30, 30, 33, 33, 33]
+        assert {line["tripwire"] for line in lines} == {"repeated_calls"}
+
+
+def test_nothing_is_kept_of_an_alarm_if_nothing_is_to_be_kept(tmp_path):
+    wires, trainer = Tripwires(keep=0), a_trainer(tmp_path)
+    wires.on_train_start(trainer, SimpleNamespace(policy=SimpleNamespace(tokenizer=scripted_tokenizer())))
+    with pytest.warns(UserWarning, match=r"alarm at 50.0%$"):
+        end_batch(wires, trainer, a_rollout(a_call(), a_call()))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_other_processes_write_files_of_their_own(tmp_path):
     wires, trainer = Tripwires(), a_trainer(tmp_path, rank=1)
     wires.on_train_start(trainer, SimpleNamespace(policy=SimpleNamespace(tokenizer=scripted_tokenizer())))

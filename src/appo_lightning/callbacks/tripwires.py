@@ -22,6 +22,7 @@ from appo_lightning.rollout.serialise import trajectory_to_dict
 from appo_lightning.types import RolloutTree, ToolCall, Trajectory
 
 _REFUSED = ("limit", "malformed")
+_PER_ALARM = 3  # rollouts kept of a step at which an alarm starts
 Wire = Literal["control_tags", "empty_calls", "repeated_calls", "tool_spam", "form_alone"]
 
 
@@ -53,7 +54,8 @@ class Tripwires(L.Callback):
 
     Args:
         alarms: shares of the rollouts of a mini-batch, branches too, above which it warns.
-        keep: rollouts kept for each tripwire, per process; 0 keeps none.
+        keep: the first rollouts kept for each tripwire, per process; 0 keeps none. Where an alarm starts later, some of
+            its step are kept as well.
         reward_above: ``form_alone``: a larger reward is suspicious without success.
         form_parts: ``form_alone``: parts of the reward that only say how a response looks. Where another part is above
             0, a reward was earned by more than form.
@@ -102,33 +104,47 @@ class Tripwires(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: ProcedureBatch, batch_idx: int
     ) -> None:
         metrics = MetricSums()
+        offenders: list[tuple[str, RolloutTree, Trajectory]] = []
         for tree in batch.trees:
             for rollout in [*tree.roots, *(branch.trajectory for branch in tree.branches)]:
                 for wire, test in self._tests.items():
                     tripped = test(rollout)
                     metrics.add_sum(f"tripwire/{wire}", float(tripped), 1.0)
                     if tripped:
-                        self._keep(wire, tree, rollout, trainer.global_step)
+                        offenders.append((wire, tree, rollout))
         means = log_metrics(trainer, metrics)
+        starting = self._starting(means)  # the same on every process
+        self._keep(offenders, starting, trainer.global_step)
         if trainer.is_global_zero:
-            self._ring(means, trainer.global_step)
+            for wire in starting:
+                self._warn(wire, means[f"tripwire/{wire}"], trainer.global_step)
 
-    def _ring(self, means: dict[str, float], step: int) -> None:
-        """Warn when a rate rises above its threshold, and not again before it has fallen below."""
-        for wire in get_args(Wire):
-            rate, threshold = means.get(f"tripwire/{wire}", 0.0), getattr(self.alarms, wire)
-            if rate <= threshold:
-                self._ringing.discard(wire)
-            elif wire not in self._ringing:
-                self._ringing.add(wire)
-                where = f"; some are in {self._file}" if self._file is not None and self.keep else ""
-                warnings.warn(
-                    f"tripwire {wire}: {rate:.1%} of the rollouts of step {step}, alarm at {threshold:.1%}{where}",
-                    stacklevel=2,
-                )
+    def _starting(self, means: dict[str, float]) -> list[str]:
+        """Tripwires whose rate has risen above its threshold, and not again before it has fallen below."""
+        above = {wire for wire in get_args(Wire) if means.get(f"tripwire/{wire}", 0.0) > getattr(self.alarms, wire)}
+        starting = [wire for wire in get_args(Wire) if wire in above - self._ringing]
+        self._ringing = above
+        return starting
 
-    def _keep(self, wire: str, tree: RolloutTree, rollout: Trajectory, step: int) -> None:
-        if self._file is None or self._kept[wire] >= self.keep:
+    def _warn(self, wire: str, rate: float, step: int) -> None:
+        where = f"; some are in {self._file}" if self._file is not None and self.keep else ""
+        threshold = getattr(self.alarms, wire)
+        warnings.warn(
+            f"tripwire {wire}: {rate:.1%} of the rollouts of step {step}, alarm at {threshold:.1%}{where}",
+            stacklevel=2,
+        )
+
+    def _keep(self, offenders: Sequence[tuple[str, RolloutTree, Trajectory]], starting: list[str], step: int) -> None:
+        """Write the first offenders of the run, and some of the step where an alarm starts, however late."""
+        room = {wire: self.keep - self._kept[wire] for wire in get_args(Wire)}
+        room |= {wire: max(room[wire], min(_PER_ALARM, self.keep)) for wire in starting}
+        for wire, tree, rollout in offenders:
+            if room[wire] > 0:
+                room[wire] -= 1
+                self._write(wire, tree, rollout, step)
+
+    def _write(self, wire: str, tree: RolloutTree, rollout: Trajectory, step: int) -> None:
+        if self._file is None:
             return
         self._kept[wire] += 1
         line = {"tripwire": wire, "step": step, "task": tree.task.id, "references": list(tree.task.references)}
