@@ -11,7 +11,14 @@ from types import SimpleNamespace
 import pytest
 
 from appo_lightning.callbacks.tool_efficiency import add_tool_metrics
-from appo_lightning.callbacks.tripwires import AlarmRates, Tripwires, control_marks, earned_by_form_alone
+from appo_lightning.callbacks.tripwires import (
+    AlarmRates,
+    Tripwires,
+    control_marks,
+    earned_by_form_alone,
+    has_empty_call,
+    has_repeated_call,
+)
 from appo_lightning.errors import ConfigurationError
 from appo_lightning.metrics import MetricSums
 from appo_lightning.rollout.formats.tags import ResultEncoder, TagFormat
@@ -78,11 +85,15 @@ def test_a_tool_that_everyone_uses_has_no_gain_to_report():
 # --- tripwires -------------------------------------------------------------------------------------------------------
 
 
+def a_tool(name, *required):
+    return SimpleNamespace(name=name, schema={"type": "object", "required": list(required)})
+
+
 def a_trainer(directory, rank=0):
     written = []
     return SimpleNamespace(
         datamodule=SimpleNamespace(
-            tools=[SimpleNamespace(name="search"), SimpleNamespace(name="days"), SimpleNamespace(name="python")],
+            tools=[a_tool("search", "query"), a_tool("days", "start"), a_tool("python", "input"), a_tool("now")],
             call_format=TagFormat(),
         ),
         log_dir=str(directory),
@@ -136,9 +147,51 @@ def test_suspicious_calls_are_counted_in_roots_and_branches(tmp_path):
     empty = a_rollout(a_call(argument=" \n"))
     repeated = a_rollout(a_call(argument="a"), a_call(argument="a"))
     spam = a_rollout(a_call(argument="a"), a_call(argument="a", error="limit"))
-    malformed = a_rollout(a_call(argument="", error="malformed"), a_call(argument="", error="malformed"))
-    found = tripped_by(tmp_path, honest, empty, malformed, branches=[repeated, spam])
+    unreadable = a_rollout(*[a_call(argument="", result="malformed ca", error="malformed")] * 2)  # cut: of the loop
+    found = tripped_by(tmp_path, honest, empty, unreadable, branches=[repeated, spam])
     assert found == {"empty_calls": 1 / 5, "repeated_calls": 1 / 5, "tool_spam": 1 / 5}
+
+
+def test_a_call_that_the_tool_itself_refused_counts(tmp_path):
+    refused = a_call(argument="", result="malformed: a: Field required", error="malformed")
+    assert tripped_by(tmp_path, a_rollout(refused), a_rollout(refused, refused)) == {
+        "empty_calls": 1.0,
+        "repeated_calls": 1 / 2,
+    }
+    cut = a_call(argument="many", result="malfor", error="malformed")  # only a tool refuses an argument
+    assert tripped_by(tmp_path, a_rollout(cut, cut)) == {"repeated_calls": 1.0}
+
+
+@pytest.mark.parametrize("argument", ["{}", ' {"q": ""}', '{"q": " \\n", "k": null, "f": [], "o": {}}'])
+def test_a_json_object_of_nothing_is_an_empty_call(argument):
+    assert has_empty_call(a_rollout(a_call(argument=argument)))
+
+
+@pytest.mark.parametrize(
+    "argument", ['{"k": 0}', '{"q": "", "k": false}', '{"q": "x"}', "[]", '{"q": ""', '{"q": "\\\\n"}']
+)
+def test_anything_else_is_none(argument):
+    assert not has_empty_call(a_rollout(a_call(argument=argument)))
+
+
+def test_an_argument_that_json_cannot_read_is_a_text():
+    deep = '{"a":' * 100_000 + "1" + "}" * 100_000
+    assert not has_empty_call(a_rollout(a_call(argument=deep)))
+    assert has_repeated_call(a_rollout(a_call(argument=deep), a_call(argument=deep)))
+
+
+def test_a_tool_that_needs_no_argument_has_no_empty_calls(tmp_path):
+    assert tripped_by(tmp_path, a_rollout(a_call("now", "{}"), a_call("now", ""))) == {}
+
+
+def test_json_arguments_are_compared_by_content():
+    def repeated(first, second, **names):
+        return has_repeated_call(a_rollout(a_call(argument=first), a_call(argument=second, **names)))
+
+    assert repeated('{"a":1,"b":{"c":2,"d":3}}', '{ "b": {"d": 3, "c": 2}, "a": 1 }')
+    assert not repeated('{"a":1,"b":2}', '{"b":2,"a":1}', name="python")
+    for other in ('{"a":1}', '{"a":1,"b":"2"}', '{"a":true,"b":2}', '{"a":2,"b":1}', '["a",1,"b",2]'):
+        assert not repeated('{"a":1,"b":2}', other)
 
 
 @pytest.mark.parametrize(

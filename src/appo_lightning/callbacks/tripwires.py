@@ -6,7 +6,7 @@ import json
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -21,8 +21,8 @@ from appo_lightning.rollout.formats.tags import CONTROL_TAGS
 from appo_lightning.rollout.serialise import trajectory_to_dict
 from appo_lightning.types import RolloutTree, ToolCall, Trajectory
 
-_REFUSED = ("limit", "malformed")
 _PER_ALARM = 3  # rollouts kept of a step at which an alarm starts
+_NOTHING = re.compile(r'null|\[\]|\{\}|"(\s|\\[nrtf])*"')  # as JSON
 Wire = Literal["control_tags", "empty_calls", "repeated_calls", "tool_spam", "form_alone"]
 
 
@@ -33,8 +33,9 @@ class AlarmRates:
     Args:
         control_tags: a tool result held a tag or special token that was not in the call; it was broken up before the
             policy read it.
-        empty_calls: a call without an argument.
-        repeated_calls: a call with the same argument as an earlier one of the same rollout.
+        empty_calls: a call without an argument that its tool needs, or with a JSON object of nothing but empty values.
+        repeated_calls: a call with the same argument as an earlier one of the same rollout; JSON objects are the same
+            whatever the order of their fields.
         tool_spam: a call beyond ``data.rollout.max_tool_calls``.
         form_alone: a reward above ``reward_above`` without success and without a part of substance.
     """
@@ -86,9 +87,10 @@ class Tripwires(L.Callback):
         marks = control_marks(
             [*data.call_format.control_tags, *(tool.name for tool in data.tools)], module.policy.tokenizer
         )
+        optional = frozenset(tool.name for tool in data.tools if not tool.schema.get("required"))
         self._tests = {
             "control_tags": lambda rollout: any(speaks_for_the_policy(call, marks) for call in rollout.tool_calls),
-            "empty_calls": has_empty_call,
+            "empty_calls": lambda rollout: has_empty_call(rollout, optional),
             "repeated_calls": has_repeated_call,
             "tool_spam": lambda rollout: any(call.error == "limit" for call in rollout.tool_calls),
             "form_alone": lambda rollout: earned_by_form_alone(rollout, self.reward_above, self.form_parts),
@@ -162,22 +164,54 @@ def control_marks(tools: Sequence[str], tokenizer: Any) -> re.Pattern[str]:
 
 def speaks_for_the_policy(call: ToolCall, marks: re.Pattern[str]) -> bool:
     """Whether a result held a tag or special token that does not stand in the argument, which many tools quote."""
-    if call.error in _REFUSED:  # what the policy read is no tool's answer
+    if not _reached_its_tool(call):  # what the policy read is no tool's answer
         return False
     held = {match.group()[0] + match.group()[1:].lstrip() for match in marks.finditer(call.result)}
     # "<python>" is also where Python says an error stands; a call of another's making would be closed, too.
     return any(mark not in call.argument for mark in held - {f"<{call.name}>"})
 
 
-def has_empty_call(rollout: Trajectory) -> bool:
-    """Whether a call that was answered had no argument."""
-    return any(not call.argument.strip() for call in rollout.tool_calls if call.error not in _REFUSED)
+def has_empty_call(rollout: Trajectory, optional: Collection[str] = ()) -> bool:
+    """Whether a call that reached its tool had no argument, or a JSON object of nothing but empty values.
+
+    Args:
+        rollout: any.
+        optional: names of the tools that need no argument.
+    """
+    return any(
+        _is_empty(call.argument) for call in rollout.tool_calls if _reached_its_tool(call) and call.name not in optional
+    )
 
 
 def has_repeated_call(rollout: Trajectory) -> bool:
     """Whether the same argument went to the same tool twice."""
-    calls = [(call.name, call.argument) for call in rollout.tool_calls if call.error not in _REFUSED]
+    calls = [(call.name, _content(call.argument)) for call in rollout.tool_calls if _reached_its_tool(call)]
     return len(set(calls)) < len(calls)
+
+
+def _reached_its_tool(call: ToolCall) -> bool:
+    """Whether the tool answered, if only that the argument does not fit; the loop itself says "malformed call: ..."."""
+    if call.error == "malformed":  # the loop's own has no argument; its text may be cut where the response ends
+        return bool(call.argument) or call.result.startswith("malformed:")
+    return call.error != "limit"
+
+
+def _is_empty(argument: str) -> bool:
+    content = _content(argument)
+    if isinstance(content, str):
+        return not content.strip()
+    return all(_NOTHING.fullmatch(value) for _, value in content)
+
+
+def _content(argument: str) -> str | frozenset[tuple[str, str]]:
+    """The fields of a JSON object, each value in one spelling; any other argument as it is."""
+    try:
+        fields = json.loads(argument)
+        if isinstance(fields, dict):
+            return frozenset((name, json.dumps(value, sort_keys=True)) for name, value in fields.items())
+    except (ValueError, RecursionError):  # a policy writes anything
+        pass
+    return argument
 
 
 def earned_by_form_alone(rollout: Trajectory, reward_above: float, form_parts: frozenset[str]) -> bool:
