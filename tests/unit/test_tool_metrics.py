@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from appo_lightning.callbacks.tool_efficiency import add_tool_metrics
+from appo_lightning.callbacks.tool_efficiency import ToolCallEfficiency, add_tool_metrics
 from appo_lightning.callbacks.tripwires import (
     AlarmRates,
     Tripwires,
@@ -22,6 +22,7 @@ from appo_lightning.callbacks.tripwires import (
 from appo_lightning.errors import ConfigurationError
 from appo_lightning.metrics import MetricSums
 from appo_lightning.rollout.formats.tags import ResultEncoder, TagFormat
+from appo_lightning.tools.search import SearchTool
 from appo_lightning.types import Branch, BranchPoint, RolloutTree, ToolCall, Trajectory
 from helpers.scripted import make_task, scripted_tokenizer
 
@@ -80,6 +81,18 @@ def test_a_tool_that_everyone_uses_has_no_gain_to_report():
     found = metrics_of(a_rollout(a_call(), success=True))
     assert found["tools/search_success_with"] == 1
     assert "tools/search_success_gain" not in found
+
+
+def test_recorded_searches_report_how_many_queries_were_recorded(tmp_path):
+    path = tmp_path / "search_cache.json"
+    path.write_text(json.dumps({"red lamp": "Page 1: a lamp"}))
+    tool, trainer = SearchTool(str(path)), a_trainer(tmp_path)
+    trainer.datamodule.tools = [tool]
+    for query in ("red lamp", "Red Lamp?", "lamp", "blue lamp"):
+        tool.open(make_task()).call(query)
+    batch = SimpleNamespace(trees=[RolloutTree(make_task(), [a_rollout()], [])])
+    ToolCallEfficiency().on_train_batch_end(trainer, None, None, batch, 0)
+    assert trainer.written[-1]["tools/search_cache_hit_rate"] == 2 / 4
 
 
 # --- tripwires -------------------------------------------------------------------------------------------------------
