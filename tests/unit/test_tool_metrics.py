@@ -197,6 +197,14 @@ def test_a_tool_that_needs_no_argument_has_no_empty_calls(tmp_path):
     assert tripped_by(tmp_path, a_rollout(a_call("now", "{}"), a_call("now", ""))) == {}
 
 
+def test_a_tool_may_learn_late_that_it_needs_no_argument(tmp_path):
+    wires, trainer = Tripwires(), a_trainer(tmp_path)
+    wires.on_train_start(trainer, SimpleNamespace(policy=SimpleNamespace(tokenizer=scripted_tokenizer())))
+    trainer.datamodule.tools[1].schema = {"type": "object"}
+    end_batch(wires, trainer, a_rollout(a_call("days", "{}")))
+    assert trainer.written[-1]["tripwire/empty_calls"] == 0
+
+
 def test_json_arguments_are_compared_by_content():
     def repeated(first, second, **names):
         return has_repeated_call(a_rollout(a_call(argument=first), a_call(argument=second, **names)))

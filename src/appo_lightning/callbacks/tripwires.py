@@ -19,6 +19,7 @@ from appo_lightning.errors import ConfigurationError
 from appo_lightning.metrics import MetricSums, log_metrics
 from appo_lightning.rollout.formats.tags import CONTROL_TAGS
 from appo_lightning.rollout.serialise import trajectory_to_dict
+from appo_lightning.tools.base import Tool
 from appo_lightning.types import RolloutTree, ToolCall, Trajectory
 
 _PER_ALARM = 3  # rollouts kept of a step at which an alarm starts
@@ -87,10 +88,9 @@ class Tripwires(L.Callback):
         marks = control_marks(
             [*data.call_format.control_tags, *(tool.name for tool in data.tools)], module.policy.tokenizer
         )
-        optional = frozenset(tool.name for tool in data.tools if not tool.schema.get("required"))
         self._tests = {
             "control_tags": lambda rollout: any(speaks_for_the_policy(call, marks) for call in rollout.tool_calls),
-            "empty_calls": lambda rollout: has_empty_call(rollout, optional),
+            "empty_calls": lambda rollout: has_empty_call(rollout, free_of_arguments(data.tools)),
             "repeated_calls": has_repeated_call,
             "tool_spam": lambda rollout: any(call.error == "limit" for call in rollout.tool_calls),
             "form_alone": lambda rollout: earned_by_form_alone(rollout, self.reward_above, self.form_parts),
@@ -169,6 +169,11 @@ def speaks_for_the_policy(call: ToolCall, marks: re.Pattern[str]) -> bool:
     held = {match.group()[0] + match.group()[1:].lstrip() for match in marks.finditer(call.result)}
     # "<python>" is also where Python says an error stands; a call of another's making would be closed, too.
     return any(mark not in call.argument for mark in held - {f"<{call.name}>"})
+
+
+def free_of_arguments(tools: Sequence[Tool]) -> list[str]:
+    """Names of the tools that need no argument; some learn their schema only when a prompt shows it."""
+    return [tool.name for tool in tools if not tool.schema.get("required")]
 
 
 def has_empty_call(rollout: Trajectory, optional: Collection[str] = ()) -> bool:
