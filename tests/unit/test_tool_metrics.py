@@ -10,11 +10,19 @@ from types import SimpleNamespace
 
 import pytest
 
-from appo_lightning.callbacks.tool_efficiency import add_tool_metrics
-from appo_lightning.callbacks.tripwires import AlarmRates, Tripwires, control_marks, earned_by_form_alone
+from appo_lightning.callbacks.tool_efficiency import ToolCallEfficiency, add_tool_metrics
+from appo_lightning.callbacks.tripwires import (
+    AlarmRates,
+    Tripwires,
+    control_marks,
+    earned_by_form_alone,
+    has_empty_call,
+    has_repeated_call,
+)
 from appo_lightning.errors import ConfigurationError
 from appo_lightning.metrics import MetricSums
 from appo_lightning.rollout.formats.tags import ResultEncoder, TagFormat
+from appo_lightning.tools.search import SearchTool
 from appo_lightning.types import Branch, BranchPoint, RolloutTree, ToolCall, Trajectory
 from helpers.scripted import make_task, scripted_tokenizer
 
@@ -75,14 +83,30 @@ def test_a_tool_that_everyone_uses_has_no_gain_to_report():
     assert "tools/search_success_gain" not in found
 
 
+def test_recorded_searches_report_how_many_queries_were_recorded(tmp_path):
+    path = tmp_path / "search_cache.json"
+    path.write_text(json.dumps({"red lamp": "Page 1: a lamp"}))
+    tool, trainer = SearchTool(str(path)), a_trainer(tmp_path)
+    trainer.datamodule.tools = [tool]
+    for query in ("red lamp", "Red Lamp?", "lamp", "blue lamp"):
+        tool.open(make_task()).call(query)
+    batch = SimpleNamespace(trees=[RolloutTree(make_task(), [a_rollout()], [])])
+    ToolCallEfficiency().on_train_batch_end(trainer, None, None, batch, 0)
+    assert trainer.written[-1]["tools/search_cache_hit_rate"] == 2 / 4
+
+
 # --- tripwires -------------------------------------------------------------------------------------------------------
+
+
+def a_tool(name, *required):
+    return SimpleNamespace(name=name, schema={"type": "object", "required": list(required)})
 
 
 def a_trainer(directory, rank=0):
     written = []
     return SimpleNamespace(
         datamodule=SimpleNamespace(
-            tools=[SimpleNamespace(name="search"), SimpleNamespace(name="days"), SimpleNamespace(name="python")],
+            tools=[a_tool("search", "query"), a_tool("days", "start"), a_tool("python", "input"), a_tool("now")],
             call_format=TagFormat(),
         ),
         log_dir=str(directory),
@@ -136,9 +160,59 @@ def test_suspicious_calls_are_counted_in_roots_and_branches(tmp_path):
     empty = a_rollout(a_call(argument=" \n"))
     repeated = a_rollout(a_call(argument="a"), a_call(argument="a"))
     spam = a_rollout(a_call(argument="a"), a_call(argument="a", error="limit"))
-    malformed = a_rollout(a_call(argument="", error="malformed"), a_call(argument="", error="malformed"))
-    found = tripped_by(tmp_path, honest, empty, malformed, branches=[repeated, spam])
+    unreadable = a_rollout(*[a_call(argument="", result="malformed ca", error="malformed")] * 2)  # cut: of the loop
+    found = tripped_by(tmp_path, honest, empty, unreadable, branches=[repeated, spam])
     assert found == {"empty_calls": 1 / 5, "repeated_calls": 1 / 5, "tool_spam": 1 / 5}
+
+
+def test_a_call_that_the_tool_itself_refused_counts(tmp_path):
+    refused = a_call(argument="", result="malformed: a: Field required", error="malformed")
+    assert tripped_by(tmp_path, a_rollout(refused), a_rollout(refused, refused)) == {
+        "empty_calls": 1.0,
+        "repeated_calls": 1 / 2,
+    }
+    cut = a_call(argument="many", result="malfor", error="malformed")  # only a tool refuses an argument
+    assert tripped_by(tmp_path, a_rollout(cut, cut)) == {"repeated_calls": 1.0}
+
+
+@pytest.mark.parametrize("argument", ["{}", ' {"q": ""}', '{"q": " \\n", "k": null, "f": [], "o": {}}'])
+def test_a_json_object_of_nothing_is_an_empty_call(argument):
+    assert has_empty_call(a_rollout(a_call(argument=argument)))
+
+
+@pytest.mark.parametrize(
+    "argument", ['{"k": 0}', '{"q": "", "k": false}', '{"q": "x"}', "[]", '{"q": ""', '{"q": "\\\\n"}']
+)
+def test_anything_else_is_none(argument):
+    assert not has_empty_call(a_rollout(a_call(argument=argument)))
+
+
+def test_an_argument_that_json_cannot_read_is_a_text():
+    deep = '{"a":' * 100_000 + "1" + "}" * 100_000
+    assert not has_empty_call(a_rollout(a_call(argument=deep)))
+    assert has_repeated_call(a_rollout(a_call(argument=deep), a_call(argument=deep)))
+
+
+def test_a_tool_that_needs_no_argument_has_no_empty_calls(tmp_path):
+    assert tripped_by(tmp_path, a_rollout(a_call("now", "{}"), a_call("now", ""))) == {}
+
+
+def test_a_tool_may_learn_late_that_it_needs_no_argument(tmp_path):
+    wires, trainer = Tripwires(), a_trainer(tmp_path)
+    wires.on_train_start(trainer, SimpleNamespace(policy=SimpleNamespace(tokenizer=scripted_tokenizer())))
+    trainer.datamodule.tools[1].schema = {"type": "object"}
+    end_batch(wires, trainer, a_rollout(a_call("days", "{}")))
+    assert trainer.written[-1]["tripwire/empty_calls"] == 0
+
+
+def test_json_arguments_are_compared_by_content():
+    def repeated(first, second, **names):
+        return has_repeated_call(a_rollout(a_call(argument=first), a_call(argument=second, **names)))
+
+    assert repeated('{"a":1,"b":{"c":2,"d":3}}', '{ "b": {"d": 3, "c": 2}, "a": 1 }')
+    assert not repeated('{"a":1,"b":2}', '{"b":2,"a":1}', name="python")
+    for other in ('{"a":1}', '{"a":1,"b":"2"}', '{"a":true,"b":2}', '{"a":2,"b":1}', '["a",1,"b",2]'):
+        assert not repeated('{"a":1,"b":2}', other)
 
 
 @pytest.mark.parametrize(
@@ -181,6 +255,34 @@ def test_an_alarm_is_given_once_until_it_is_over(tmp_path):
         "tripwire empty_calls: 100.0% of the rollouts of step 7, alarm at 40.0%; "
         f"some are in {Path(tmp_path) / 'tripwires.jsonl'}"
     )
+
+
+def test_a_late_alarm_leaves_rollouts_of_its_own_step(tmp_path):
+    wires = {rank: Tripwires(AlarmRates(repeated_calls=0.5), keep=4) for rank in (0, 1)}
+    trainers = {rank: a_trainer(tmp_path, rank) for rank in wires}
+    repeated, honest = a_rollout(a_call(), a_call()), a_rollout(a_call())
+    for rank, wire in wires.items():
+        wire.on_train_start(trainers[rank], SimpleNamespace(policy=SimpleNamespace(tokenizer=scripted_tokenizer())))
+    # 40 % below the alarm fill the file in two steps of three; at 30 an alarm starts, goes on, ends, starts again.
+    for step, offenders in ((1, 2), (2, 2), (3, 2), (30, 5), (31, 5), (32, 2), (33, 5)):
+        for rank, wire in wires.items():
+            trainers[rank].global_step = step
+            rollouts = [repeated] * offenders + [honest] * (5 - offenders)
+            rings = pytest.warns(UserWarning, match=f"of step {step}, alarm at 50.0%; some are in")
+            with rings if rank == 0 and step in (30, 33) else warnings.catch_warnings(action="error"):
+                end_batch(wire, trainers[rank], *rollouts)
+    for name in ("tripwires.jsonl", "tripwires.rank1.jsonl"):
+        lines = [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+        assert [line["step"] for line in lines] == [1, 1, 2, 2, 30, 30, 30, 33, 33, 33]
+        assert {line["tripwire"] for line in lines} == {"repeated_calls"}
+
+
+def test_nothing_is_kept_of_an_alarm_if_nothing_is_to_be_kept(tmp_path):
+    wires, trainer = Tripwires(keep=0), a_trainer(tmp_path)
+    wires.on_train_start(trainer, SimpleNamespace(policy=SimpleNamespace(tokenizer=scripted_tokenizer())))
+    with pytest.warns(UserWarning, match=r"alarm at 50.0%$"):
+        end_batch(wires, trainer, a_rollout(a_call(), a_call()))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_other_processes_write_files_of_their_own(tmp_path):

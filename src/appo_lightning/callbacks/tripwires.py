@@ -6,7 +6,7 @@ import json
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -19,9 +19,11 @@ from appo_lightning.errors import ConfigurationError
 from appo_lightning.metrics import MetricSums, log_metrics
 from appo_lightning.rollout.formats.tags import CONTROL_TAGS
 from appo_lightning.rollout.serialise import trajectory_to_dict
+from appo_lightning.tools.base import Tool
 from appo_lightning.types import RolloutTree, ToolCall, Trajectory
 
-_REFUSED = ("limit", "malformed")
+_PER_ALARM = 3  # rollouts kept of a step at which an alarm starts
+_NOTHING = re.compile(r'null|\[\]|\{\}|"(\s|\\[nrtf])*"')  # as JSON
 Wire = Literal["control_tags", "empty_calls", "repeated_calls", "tool_spam", "form_alone"]
 
 
@@ -32,8 +34,9 @@ class AlarmRates:
     Args:
         control_tags: a tool result held a tag or special token that was not in the call; it was broken up before the
             policy read it.
-        empty_calls: a call without an argument.
-        repeated_calls: a call with the same argument as an earlier one of the same rollout.
+        empty_calls: a call without an argument that its tool needs, or with a JSON object of nothing but empty values.
+        repeated_calls: a call with the same argument as an earlier one of the same rollout; JSON objects are the same
+            whatever the order of their fields.
         tool_spam: a call beyond ``data.rollout.max_tool_calls``.
         form_alone: a reward above ``reward_above`` without success and without a part of substance.
     """
@@ -53,7 +56,8 @@ class Tripwires(L.Callback):
 
     Args:
         alarms: shares of the rollouts of a mini-batch, branches too, above which it warns.
-        keep: rollouts kept for each tripwire, per process; 0 keeps none.
+        keep: the first rollouts kept for each tripwire, per process; 0 keeps none. Where an alarm starts later, some of
+            its step are kept as well.
         reward_above: ``form_alone``: a larger reward is suspicious without success.
         form_parts: ``form_alone``: parts of the reward that only say how a response looks. Where another part is above
             0, a reward was earned by more than form.
@@ -86,7 +90,7 @@ class Tripwires(L.Callback):
         )
         self._tests = {
             "control_tags": lambda rollout: any(speaks_for_the_policy(call, marks) for call in rollout.tool_calls),
-            "empty_calls": has_empty_call,
+            "empty_calls": lambda rollout: has_empty_call(rollout, free_of_arguments(data.tools)),
             "repeated_calls": has_repeated_call,
             "tool_spam": lambda rollout: any(call.error == "limit" for call in rollout.tool_calls),
             "form_alone": lambda rollout: earned_by_form_alone(rollout, self.reward_above, self.form_parts),
@@ -102,33 +106,47 @@ class Tripwires(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: ProcedureBatch, batch_idx: int
     ) -> None:
         metrics = MetricSums()
+        offenders: list[tuple[str, RolloutTree, Trajectory]] = []
         for tree in batch.trees:
             for rollout in [*tree.roots, *(branch.trajectory for branch in tree.branches)]:
                 for wire, test in self._tests.items():
                     tripped = test(rollout)
                     metrics.add_sum(f"tripwire/{wire}", float(tripped), 1.0)
                     if tripped:
-                        self._keep(wire, tree, rollout, trainer.global_step)
+                        offenders.append((wire, tree, rollout))
         means = log_metrics(trainer, metrics)
+        starting = self._starting(means)  # the same on every process
+        self._keep(offenders, starting, trainer.global_step)
         if trainer.is_global_zero:
-            self._ring(means, trainer.global_step)
+            for wire in starting:
+                self._warn(wire, means[f"tripwire/{wire}"], trainer.global_step)
 
-    def _ring(self, means: dict[str, float], step: int) -> None:
-        """Warn when a rate rises above its threshold, and not again before it has fallen below."""
-        for wire in get_args(Wire):
-            rate, threshold = means.get(f"tripwire/{wire}", 0.0), getattr(self.alarms, wire)
-            if rate <= threshold:
-                self._ringing.discard(wire)
-            elif wire not in self._ringing:
-                self._ringing.add(wire)
-                where = f"; some are in {self._file}" if self._file is not None and self.keep else ""
-                warnings.warn(
-                    f"tripwire {wire}: {rate:.1%} of the rollouts of step {step}, alarm at {threshold:.1%}{where}",
-                    stacklevel=2,
-                )
+    def _starting(self, means: dict[str, float]) -> list[str]:
+        """Tripwires whose rate has risen above its threshold, and not again before it has fallen below."""
+        above = {wire for wire in get_args(Wire) if means.get(f"tripwire/{wire}", 0.0) > getattr(self.alarms, wire)}
+        starting = [wire for wire in get_args(Wire) if wire in above - self._ringing]
+        self._ringing = above
+        return starting
 
-    def _keep(self, wire: str, tree: RolloutTree, rollout: Trajectory, step: int) -> None:
-        if self._file is None or self._kept[wire] >= self.keep:
+    def _warn(self, wire: str, rate: float, step: int) -> None:
+        where = f"; some are in {self._file}" if self._file is not None and self.keep else ""
+        threshold = getattr(self.alarms, wire)
+        warnings.warn(
+            f"tripwire {wire}: {rate:.1%} of the rollouts of step {step}, alarm at {threshold:.1%}{where}",
+            stacklevel=2,
+        )
+
+    def _keep(self, offenders: Sequence[tuple[str, RolloutTree, Trajectory]], starting: list[str], step: int) -> None:
+        """Write the first offenders of the run, and some of the step where an alarm starts, however late."""
+        room = {wire: self.keep - self._kept[wire] for wire in get_args(Wire)}
+        room |= {wire: max(room[wire], min(_PER_ALARM, self.keep)) for wire in starting}
+        for wire, tree, rollout in offenders:
+            if room[wire] > 0:
+                room[wire] -= 1
+                self._write(wire, tree, rollout, step)
+
+    def _write(self, wire: str, tree: RolloutTree, rollout: Trajectory, step: int) -> None:
+        if self._file is None:
             return
         self._kept[wire] += 1
         line = {"tripwire": wire, "step": step, "task": tree.task.id, "references": list(tree.task.references)}
@@ -146,22 +164,59 @@ def control_marks(tools: Sequence[str], tokenizer: Any) -> re.Pattern[str]:
 
 def speaks_for_the_policy(call: ToolCall, marks: re.Pattern[str]) -> bool:
     """Whether a result held a tag or special token that does not stand in the argument, which many tools quote."""
-    if call.error in _REFUSED:  # what the policy read is no tool's answer
+    if not _reached_its_tool(call):  # what the policy read is no tool's answer
         return False
     held = {match.group()[0] + match.group()[1:].lstrip() for match in marks.finditer(call.result)}
     # "<python>" is also where Python says an error stands; a call of another's making would be closed, too.
     return any(mark not in call.argument for mark in held - {f"<{call.name}>"})
 
 
-def has_empty_call(rollout: Trajectory) -> bool:
-    """Whether a call that was answered had no argument."""
-    return any(not call.argument.strip() for call in rollout.tool_calls if call.error not in _REFUSED)
+def free_of_arguments(tools: Sequence[Tool]) -> list[str]:
+    """Names of the tools that need no argument; some learn their schema only when a prompt shows it."""
+    return [tool.name for tool in tools if not tool.schema.get("required")]
+
+
+def has_empty_call(rollout: Trajectory, optional: Collection[str] = ()) -> bool:
+    """Whether a call that reached its tool had no argument, or a JSON object of nothing but empty values.
+
+    Args:
+        rollout: any.
+        optional: names of the tools that need no argument.
+    """
+    return any(
+        _is_empty(call.argument) for call in rollout.tool_calls if _reached_its_tool(call) and call.name not in optional
+    )
 
 
 def has_repeated_call(rollout: Trajectory) -> bool:
     """Whether the same argument went to the same tool twice."""
-    calls = [(call.name, call.argument) for call in rollout.tool_calls if call.error not in _REFUSED]
+    calls = [(call.name, _content(call.argument)) for call in rollout.tool_calls if _reached_its_tool(call)]
     return len(set(calls)) < len(calls)
+
+
+def _reached_its_tool(call: ToolCall) -> bool:
+    """Whether the tool answered, if only that the argument does not fit; the loop itself says "malformed call: ..."."""
+    if call.error == "malformed":  # the loop's own has no argument; its text may be cut where the response ends
+        return bool(call.argument) or call.result.startswith("malformed:")
+    return call.error != "limit"
+
+
+def _is_empty(argument: str) -> bool:
+    content = _content(argument)
+    if isinstance(content, str):
+        return not content.strip()
+    return all(_NOTHING.fullmatch(value) for _, value in content)
+
+
+def _content(argument: str) -> str | frozenset[tuple[str, str]]:
+    """The fields of a JSON object, each value in one spelling; any other argument as it is."""
+    try:
+        fields = json.loads(argument)
+        if isinstance(fields, dict):
+            return frozenset((name, json.dumps(value, sort_keys=True)) for name, value in fields.items())
+    except (ValueError, RecursionError):  # a policy writes anything
+        pass
+    return argument
 
 
 def earned_by_form_alone(rollout: Trajectory, reward_above: float, form_parts: frozenset[str]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ class SearchTool(StatelessTool):
     Args:
         corpus: a ``.jsonl`` or ``.parquet`` file with one document per line or row, or a ``.json`` file of recorded web
             searches ``{query: "Page 1: ... Page 2: ..."}``. A recorded query gets its recorded answer, unchanged; any
-            other query is ranked over all recorded snippets.
+            other query is ranked over all recorded snippets; ``take_counts`` tells how many were recorded.
         index_dir: directory for the index of a ``.jsonl`` or ``.parquet`` corpus. It is built there once, and again
             after the corpus has changed; all processes of a machine then map the same files. null: each process reads
             the corpus into its memory when a run starts.
@@ -47,8 +47,10 @@ class SearchTool(StatelessTool):
     description = "Finds documents that answer a query."
     text_argument = "query"
     incidental = ("index_dir",)
-    _shared: tuple[Corpus, dict[str, str]] | None
+    _lock: threading.Lock  # around the other private attributes
+    _shared: tuple[Corpus, dict[str, str] | None] | None
     _episodes: OrderedDict[str, Corpus]
+    _counts: Counter[str]
 
     def __init__(
         self,
@@ -87,16 +89,25 @@ class SearchTool(StatelessTool):
 
     def run(self, argument: str, task: Task) -> str:
         corpus, answers = self._corpus_of(task)
-        recorded = answers.get(normalise_query(argument))
-        if recorded is not None:
-            return recorded
+        if answers is not None:
+            recorded = answers.get(normalise_query(argument))
+            with self._lock:
+                self._counts.update(lookups=1, hits=int(recorded is not None))
+            if recorded is not None:
+                return recorded
         found = [shorten(corpus.documents[row], self.max_chars) for row in corpus.rank(argument, self.top_k)]
         return join_pages(found) if self.top_k > 1 else "".join(found)
 
-    def _corpus_of(self, task: Task) -> tuple[Corpus, dict[str, str]]:
+    def take_counts(self) -> dict[str, int]:
+        with self._lock:
+            counts, self._counts = self._counts, Counter()
+        return dict(counts)
+
+    def _corpus_of(self, task: Task) -> tuple[Corpus, dict[str, str] | None]:
+        """What a task searches, and the recorded answers if it searches recordings."""
         documents = task.metadata.get("documents")
         if documents is not None:
-            return self._episode_corpus(task.id, documents), {}
+            return self._episode_corpus(task.id, documents), None
         if self.corpus is None:
             raise DataError(
                 f'search: expected a corpus or metadata["documents"] in task {task.id!r}, found neither; '
@@ -104,24 +115,24 @@ class SearchTool(StatelessTool):
             )
         return self._shared_corpus(self.corpus)
 
-    def _shared_corpus(self, corpus: str) -> tuple[Corpus, dict[str, str]]:
+    def _shared_corpus(self, corpus: str) -> tuple[Corpus, dict[str, str] | None]:
         # One reader at a time: the other threads wait for the same file anyway.
         with self._lock:
             if self._shared is None:
                 self._shared = self._read(Path(corpus))
             return self._shared
 
-    def _read(self, path: Path) -> tuple[Corpus, dict[str, str]]:
+    def _read(self, path: Path) -> tuple[Corpus, dict[str, str] | None]:
         if path.suffix == ".json":
             answers, snippets = read_search_cache(path)
             return Corpus(snippets, k1=self.k1, b=self.b), answers
         documents = read_documents(path, text_field=self.text_field, title_field=self.title_field)
         if self.index_dir is None:
-            return Corpus(list(documents), k1=self.k1, b=self.b), {}
+            return Corpus(list(documents), k1=self.k1, b=self.b), None
         name = index_name("bm25", *facts_of_file(path), self.k1, self.b, self.text_field, self.title_field)
         directory = Path(self.index_dir) / name
         build_once(directory, lambda place: build_bm25(place, documents, k1=self.k1, b=self.b))
-        return load_bm25(directory), {}
+        return load_bm25(directory), None
 
     def _episode_corpus(self, task_id: str, documents: Any) -> Corpus:
         # Built inside the lock: the trajectories of one task start together and should share one index.
@@ -139,6 +150,7 @@ class SearchTool(StatelessTool):
         self._lock = threading.Lock()
         self._shared = None
         self._episodes = OrderedDict()
+        self._counts = Counter()
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and worker processes build their own indices; a lock cannot travel.

@@ -3,7 +3,9 @@
 import copy
 import json
 import pickle
+import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -167,6 +169,46 @@ def test_an_unrecorded_query_is_ranked_over_all_snippets(sample_data):
     assert result.startswith("Page 1: ")
     assert "Campfire Tales" in split_pages(result)[0]
     assert len(split_pages(result)) <= 3
+
+
+def test_recorded_queries_are_counted(tmp_path):
+    path = tmp_path / "search_cache.json"
+    path.write_text(json.dumps({"red lamp": "Page 1: a lamp", "nothing": "No search results"}))
+    tool = SearchTool(str(path))
+    assert tool.take_counts() == {}
+    search(tool, "lamp")
+    assert tool.take_counts() == {"lookups": 1, "hits": 0}
+    for query in ("red lamp", "Red  LAMP?", "nothing", "blue lamp"):
+        search(tool, query)
+    search(tool, "castle", a_task(CASTLE))  # looks nothing up
+    assert copy.deepcopy(tool).take_counts() == {}
+    assert tool.take_counts() == {"lookups": 4, "hits": 3}
+    assert tool.take_counts() == {}
+
+
+@pytest.fixture
+def restless_threads():
+    """Threads that take turns as often as they can."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
+
+
+@pytest.mark.usefixtures("restless_threads")
+def test_no_query_of_parallel_rollouts_goes_uncounted(tmp_path):
+    path = tmp_path / "search_cache.json"
+    path.write_text(json.dumps({"red lamp": "Page 1: a lamp"}))
+    tool = SearchTool(str(path))
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda _: search(tool, "red lamp"), range(8000)))
+    assert tool.take_counts() == {"lookups": 8000, "hits": 8000}
+
+
+def test_a_corpus_of_documents_has_no_hits_to_count(tmp_path):
+    tool = SearchTool(a_corpus_file(tmp_path, {"text": "red lamp"}))
+    search(tool, "lamp")
+    assert tool.take_counts() == {}
 
 
 def test_bm25s_prints_nothing(sample_data, capfd):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from appo_lightning.callbacks.tripwires import has_empty_call, has_repeated_call
 from appo_lightning.rollout.episode import Prefix
 from appo_lightning.rollout.limits import RolloutLimits
 from appo_lightning.rollout.loop import RolloutLoop
@@ -26,10 +27,15 @@ WRONG_THEN_RIGHT = after(
 )
 
 
-def calls_of(tool):
-    loop = RolloutLoop(ScriptedSampler(WRONG_THEN_RIGHT), [tool], scripted_tokenizer(), RolloutLimits())
+def rollout_of(policy, tool):
+    loop = RolloutLoop(ScriptedSampler(policy), [tool], scripted_tokenizer(), RolloutLimits())
     [rollout] = loop.run([Prefix(make_task(), seed=1)], policy_version=0)
-    return [(call.argument, call.result, call.error) for call in rollout.tool_calls]
+    return rollout
+
+
+def calls_of(tool):
+    calls = rollout_of(WRONG_THEN_RIGHT, tool).tool_calls
+    return [(call.argument, call.result, call.error) for call in calls]
 
 
 def check(calls, problem):
@@ -42,6 +48,14 @@ def check(calls, problem):
 
 def test_a_policy_reads_what_was_wrong_with_its_call_of_a_function():
     check(calls_of(FunctionTool(add)), "a: Input should be a valid integer")
+
+
+@pytest.mark.parametrize(("text", "suspicious"), [("<add></add>", True), ("so </add>", False)])
+def test_calls_that_a_function_refuses_are_suspicious_and_those_that_never_reached_it_are_not(text, suspicious):
+    rollout = rollout_of(after({"": text}), FunctionTool(add))
+    refused = [call for call in rollout.tool_calls if call.error == "malformed"]
+    assert len(refused) > 2
+    assert (has_empty_call(rollout), has_repeated_call(rollout)) == (suspicious, suspicious)
 
 
 def test_a_recorded_tool_reads_the_same(tmp_path):
