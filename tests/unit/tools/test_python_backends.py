@@ -403,10 +403,13 @@ def test_a_service_that_is_not_there_stops_the_run_with_one_line():
     assert "start one with python -m appo_lightning.tools.sandbox_server" in str(caught.value)
 
 
-@pytest.mark.parametrize("url", ["ftp://host", "host:80", "http://", "http://user:word@host"])
+@pytest.mark.parametrize(
+    "url", ["ftp://host", "host:80", "http://", "http://user:word@host", "http://host?token=word", "http://host?a=word"]
+)
 def test_an_address_that_is_none_is_refused(url):
-    with pytest.raises(ConfigurationError, match=r"^backend\.url must"):
+    with pytest.raises(ConfigurationError, match=r"^backend\.url must") as caught:
         HTTPBackend(url)
+    assert "word" not in str(caught.value).replace("password", "")
 
 
 def test_a_service_for_other_machines_needs_a_token():

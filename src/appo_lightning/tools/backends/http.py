@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 from appo_lightning.errors import ConfigurationError
 from appo_lightning.tools._sandbox import frames
 from appo_lightning.tools._sandbox.protections import Protections
+from appo_lightning.tools._secrets import check_address, shown_address
 from appo_lightning.tools.backends.base import Needs, PythonBackend
 
 _MAX_CODE_BYTES = 1 << 23
@@ -34,11 +35,9 @@ class HTTPBackend(PythonBackend):
     """
 
     def __init__(self, url: str, token_variable: str = "APPO_SANDBOX_TOKEN", *, allow_unsafe: bool = False) -> None:
-        address = urlsplit(url)
-        if address.scheme not in ("http", "https") or not address.hostname:
-            raise ConfigurationError(f"backend.url must begin with http:// or https:// and name a host, got {url!r}")
-        if address.username or address.password:
-            raise ConfigurationError(f"backend.url must hold no password: put a token into ${token_variable}")
+        check_address(url, "backend.url", f"put a token into ${token_variable}")
+        if shown_address(url) != url:
+            raise ConfigurationError("backend.url must end before '?' and '#': what stands behind has no effect")
         self.url, self.token_variable = url.rstrip("/"), token_variable
         self._allow_unsafe = allow_unsafe  # not among the options that change an answer
 
