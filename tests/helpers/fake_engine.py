@@ -20,4 +20,10 @@ volume = next(word for word in arguments if word.endswith(":ro"))
 python = arguments.index("python3")
 source = os.path.dirname(volume.partition(":")[0])
 command = [sys.executable, *arguments[python + 1 :]]
+if "without-walls" in arguments:  # as under a kernel that has none
+    program = (
+        "from appo_lightning.tools._sandbox.client import ForkServer; ForkServer.__init__.__kwdefaults__['walls'] = ();"
+        "from appo_lightning.tools.backends.relay import main; main()"
+    )
+    command[1:3] = ["-c", program]
 os.execve(command[0], command, {"PATH": os.defpath, "PYTHONPATH": source})

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from appo_lightning.errors import ConfigurationError, ToolBroken, ToolFailure
 from appo_lightning.tools._http import keep_keys_out_of_logs
+from appo_lightning.tools._secrets import check_address, check_variable, shown_address
 
 if TYPE_CHECKING:
     from mcp import Client
@@ -48,9 +49,19 @@ class MCPServer:
     start_timeout_s: float = 30.0
 
     def __post_init__(self) -> None:
+        if self.url is not None:
+            check_address(self.url, "server.url", "name its environment variable in server.headers")
+        for name, variable in self.headers.items():
+            check_variable(variable, f"server.headers.{name}")
+        if any("=" in name for name in self.environment):
+            # What stands behind may be a key: not shown.
+            raise ConfigurationError(
+                "server.environment must hold NAMES of variables, got NAME=value; export it instead"
+            )
         if bool(self.command) == bool(self.url):
             raise ConfigurationError(
-                f"server must have a command or a url, and not both, got command={list(self.command)}, url={self.url!r}"
+                f"server must have a command or a url, and not both, got command={list(self.command)}, "
+                f"url={self.url and shown_address(self.url)!r}"
             )
         if self.url is not None and (self.environment or self.cwd):
             raise ConfigurationError("server.environment and cwd are for a command, they have no effect with a url")
@@ -63,7 +74,7 @@ class MCPServer:
         return hash((self.command, self.url, self.environment, tuple(sorted(self.headers.items())), self.cwd))
 
     def __str__(self) -> str:
-        return f"MCP server {self.url or ' '.join(self.command)!r}"
+        return f"MCP server {shown_address(self.url) if self.url else ' '.join(self.command)!r}"
 
 
 class Connection:
@@ -193,6 +204,8 @@ class Connection:
     def _without_secrets(self, text: str) -> str:
         for secret in self._secrets:
             text = text.replace(secret, "***")
+        if self.server.url:
+            text = text.replace(self.server.url, shown_address(self.server.url))
         return text
 
     def _run(self) -> None:

@@ -7,14 +7,16 @@ import html
 import json
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
+from urllib.parse import quote
 
 from appo_lightning.errors import ConfigurationError
+from appo_lightning.tools._secrets import check_address, check_variable, names_a_secret
 
-_VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
-_ADDRESS = re.compile(r"https?://[^/?#\s]")
 _HIGHLIGHT = re.compile(r"</?(?:b|strong|em|i|mark)>")
+_REMEDY = "write {key} in provider.params, headers or body, and name the environment variable in provider.key"
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class SearchProvider:
     number of results and the key.
 
     Args:
-        url: address of the service.
+        url: address of the service, without parameters.
         method: of the request.
         params: of the address, after ``?``.
         headers: of the request.
@@ -47,15 +49,16 @@ class SearchProvider:
     text: str = "content"
 
     def __post_init__(self) -> None:
-        if self.key is not None and not _VARIABLE.fullmatch(self.key):
-            # It may be the key itself: not shown.
+        if self.key is not None:
+            check_variable(self.key, "provider.key")
+        check_address(self.url, "provider.url", _REMEDY)
+        if "?" in self.url:
             raise ConfigurationError(
-                "provider.key must be the NAME of an environment variable (capitals, digits, _), got something else; "
-                "put the key into a variable and name that"
+                "provider.url must end before its '?': put what stands behind into provider.params"
             )
-        if not _ADDRESS.match(self.url):
-            place = self.url.partition("?")[0]  # behind it, somebody may have put the key itself
-            raise ConfigurationError(f"provider.url must begin with http:// or https:// and a host, got {place!r}")
+        for option in ("params", "headers", "body"):
+            for place in _literal_keys(getattr(self, option), f"provider.{option}"):
+                raise ConfigurationError(f"{place} must not hold a key itself: {_REMEDY}")
         said = json.dumps([self.url, self.params, self.headers, self.body])
         if "{query}" not in said:
             raise ConfigurationError("provider: expected {query} in url, params or body, found it nowhere; add it")
@@ -103,7 +106,9 @@ class SearchProvider:
             # The query last: nothing that it says is filled in.
             return value.replace("{key}", secret).replace("{count}", str(count)).replace("{query}", query)
 
-        request: dict[str, Any] = {"method": self.method, "url": self.url}
+        address = self.url.replace("{key}", quote(secret, safe="")).replace("{count}", str(count))
+        address = address.replace("{query}", quote(query, safe=""))
+        request: dict[str, Any] = {"method": self.method, "url": address}
         request["params"] = {name: str(value) for name, value in filled(self.params).items()}
         request["headers"] = {name: str(value) for name, value in filled(self.headers).items()}
         if self.body:
@@ -117,6 +122,18 @@ class SearchProvider:
             return None
         found = [[_plain(_at(result, self.title)), _plain(_at(result, self.text))] for result in results]
         return [[title, text] for title, text in found if title or text]
+
+
+def _literal_keys(value: Any, place: str, *, secret: bool = False) -> Iterator[str]:
+    """Where a text stands under a name like ``Authorization`` that is not filled in from the environment."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _literal_keys(inner, f"{place}.{name}", secret=secret or names_a_secret(name))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _literal_keys(inner, place, secret=secret)
+    elif secret and isinstance(value, str) and value and "{key}" not in value:
+        yield place
 
 
 def _at(value: Any, path: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 import os
 import socket
@@ -110,6 +111,7 @@ class PythonTool(Tool):
         if backend is not None and (allow_unsafe or warm_sessions != _WARM_SESSIONS):
             raise ConfigurationError(
                 f"allow_unsafe and warm_sessions have no effect with backend = {type(backend).__name__}: leave them out"
+                + (", or set backend.init_args.allow_unsafe" if _has_option(backend, "allow_unsafe") else "")
             )
         self.warm_sessions, self.allow_unsafe, self.backend = warm_sessions, allow_unsafe, backend
         self._reported = False
@@ -298,6 +300,10 @@ class PythonSession(ToolSession):
             if self._channel is not None:
                 self._channel.close()
                 self._channel = None
+
+
+def _has_option(backend: PythonBackend, name: str) -> bool:
+    return name in inspect.signature(type(backend)).parameters
 
 
 def _is_first_rank() -> bool:

@@ -304,6 +304,35 @@ def test_options_without_effect_are_refused(options, message):
         MCPServer(**options)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"url": f"https://user:{KEY}@host/mcp"}, "server.url must hold no user and no password: name its environment"),
+        ({"url": f"https://host/mcp?tavilyApiKey={KEY}"}, "server.url must not hold the value of 'tavilyApiKey': name"),
+        (
+            {"url": "https://host/mcp", "headers": {"Authorization": f"Bearer {KEY}"}},
+            "server.headers.Authorization must",
+        ),
+        ({"command": ("a",), "environment": (f"SOME_KEY={KEY}",)}, "server.environment must hold NAMES"),
+        ({"command": ("a",), "url": f"https://host/mcp?user={KEY}"}, "server must have a command or a url"),
+        ({"url": "host/mcp"}, "server.url must begin with http"),
+    ],
+)
+def test_a_key_written_down_is_refused_and_not_repeated(options, message):
+    with pytest.raises(ConfigurationError, match=message) as caught:
+        MCPServer(**options)
+    assert KEY not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_messages_leave_out_what_stands_behind_an_address(make):
+    server = MCPServer(url=f"http://127.0.0.1:9/mcp?tenant={KEY}", start_timeout_s=5)
+    assert str(server) == "MCP server 'http://127.0.0.1:9/mcp'"
+    with pytest.raises(ToolBroken, match="expected a server that starts") as caught:
+        make("add", server=server).open(TASK)
+    assert KEY not in str(caught.value)
+
+
 def test_a_copied_tool_still_answers(make, request):
     twin = copy.deepcopy(make("add"))
     request.addfinalizer(twin.close)

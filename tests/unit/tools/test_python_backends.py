@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -125,8 +126,9 @@ def test_the_protections_are_those_of_the_other_place(make_tool, capfd, backend)
 @both
 def test_options_of_the_local_sandbox_are_refused(backend):
     for option in ({"allow_unsafe": True}, {"warm_sessions": 1}):
-        with pytest.raises(ConfigurationError, match="have no effect with backend"):
+        with pytest.raises(ConfigurationError, match="have no effect with backend") as caught:
             PythonTool(backend=backend, **option)
+        assert ("backend.init_args.allow_unsafe" in str(caught.value)) == isinstance(backend, HTTPBackend)
 
 
 @both
@@ -192,6 +194,15 @@ def test_a_module_that_the_image_lacks_stops_the_run():
     tool = PythonTool(preload=["no_such_module"], backend=DockerBackend(engine=ENGINE))
     with pytest.raises(ConfigurationError, match=r"cannot import 'no_such_module'"):
         tool.open(TASK)
+
+
+def test_a_container_is_the_trainers_wall_and_what_its_sessions_lack_among_themselves_is_said(capfd):
+    tool = PythonTool(backend=DockerBackend(engine=ENGINE, image="without-walls"))
+    assert tool.open(TASK).call("1 + 1") == "2"
+    said = capfd.readouterr().err
+    assert said.startswith("python tool: in a container of ")
+    assert "MISSING: no network, no files of others to read" in said
+    tool.close()
 
 
 def test_a_container_that_ends_is_replaced_and_closing_ends_everything():
@@ -294,6 +305,82 @@ def test_the_service_asks_for_its_token(service, monkeypatch):
         PythonTool(backend=HTTPBackend(service)).open(TASK)
 
 
+@pytest.fixture
+def service_that_reports():
+    """Starts a service of somebody else, which answers as it is told about its protections; its address."""
+    started = []
+
+    def start(**protections):
+        answer = {
+            "held": [],
+            "missing": [],
+            "walls": ["hope"],
+            "children": True,
+            "lacks": "",
+            "where": "",
+            **protections,
+        }
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                self.rfile.read(int(self.headers["Content-Length"]))
+                body = json.dumps({"protections": answer}).encode()
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *args):
+                pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        started.append(server)
+        return f"http://127.0.0.1:{server.server_port}"
+
+    yield start
+    for server in started:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("protections", "missing"),
+    [
+        ({"held": ["no privileges"], "missing": ["no network", "no files of others to read"]}, "no network, no files "),
+        ({}, "everything, as nothing is held"),
+    ],
+)
+def test_a_service_without_walls_is_refused_unless_allowed(service_that_reports, protections, missing, capfd):
+    url = service_that_reports(**protections)
+    tool = PythonTool(backend=HTTPBackend(url))
+    for _ in range(2):  # also when it is asked again
+        with pytest.raises(ConfigurationError, match=f"walls, found at {url} missing: {missing}") as caught:
+            tool.open(TASK)
+    assert "set backend.init_args.allow_unsafe: true" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr().err == ""
+    PythonTool(backend=HTTPBackend(url, allow_unsafe=True)).open(TASK)
+    assert f"python tool: at {url}, tried and found to hold: " in capfd.readouterr().err
+
+
+def test_a_service_that_may_run_without_walls_is_used_only_by_a_run_that_may_too(capfd):
+    program = (
+        "from appo_lightning.tools._sandbox.client import ForkServer; ForkServer.__init__.__kwdefaults__['walls'] = ();"
+        "from appo_lightning.tools.sandbox_server import main; main()"
+    )
+    command = [sys.executable, "-c", program, "--port", "0", "--allow-unsafe"]
+    environment = {name: value for name, value in os.environ.items() if name != "APPO_SANDBOX_TOKEN"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        url = process.stdout.readline().split()[-1]
+        with pytest.raises(ConfigurationError, match="missing: no network, no files of others to read"):
+            PythonTool(backend=HTTPBackend(url)).open(TASK)
+        assert PythonTool(backend=HTTPBackend(url, allow_unsafe=True)).open(TASK).call("1 + 1") == "2"
+        assert "MISSING: no network" in capfd.readouterr().err
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0
+
+
 def test_the_service_bounds_its_sessions(service):
     opened = []
     while (answer := ask(service, "POST", "/sessions", WANTED))[0] == 200:
@@ -315,10 +402,13 @@ def test_a_service_that_is_not_there_stops_the_run_with_one_line():
     assert "start one with python -m appo_lightning.tools.sandbox_server" in str(caught.value)
 
 
-@pytest.mark.parametrize("url", ["ftp://host", "host:80", "http://", "http://user:word@host"])
+@pytest.mark.parametrize(
+    "url", ["ftp://host", "host:80", "http://", "http://user:word@host", "http://host?token=word", "http://host?a=word"]
+)
 def test_an_address_that_is_none_is_refused(url):
-    with pytest.raises(ConfigurationError, match=r"^backend\.url must"):
+    with pytest.raises(ConfigurationError, match=r"^backend\.url must") as caught:
         HTTPBackend(url)
+    assert "word" not in str(caught.value).replace("password", "")
 
 
 def test_a_service_for_other_machines_needs_a_token():

@@ -9,9 +9,11 @@ import time
 import traceback
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from pathlib import Path
 
 import pytest
 
+from appo_lightning.cli import main
 from appo_lightning.errors import ConfigurationError, DataError, ToolBroken, ToolFailure
 from appo_lightning.tools import web
 from appo_lightning.tools._store import AnswerStore
@@ -341,8 +343,59 @@ def test_a_key_in_the_config_is_refused_and_not_repeated():
 
 
 @pytest.mark.parametrize(
+    ("options", "place"),
+    [
+        ({"headers": {"X-API-KEY": KEY}}, "provider.headers.X-API-KEY must not hold a key itself"),
+        ({"headers": {"authorization": f"Bearer {KEY}"}}, "provider.headers.authorization must not"),
+        ({"params": {"q": "{query}", "apikey": KEY}}, "provider.params.apikey must not"),
+        ({"method": "POST", "body": {"login": [{"accessToken": KEY}]}}, "provider.body.login.accessToken must not"),
+        ({"method": "POST", "body": {"client_secret": {"value": KEY}}}, "provider.body.client_secret.value must not"),
+        ({"url": f"https://user:{KEY}@x/search"}, "provider.url must hold no user and no password"),
+        ({"url": f"https://{KEY}@x"}, "provider.url must hold no user and no password"),
+        ({"url": f"https://user:{KEY}/1@x"}, "provider.url must hold no user and no password"),
+        ({"url": f"https://x/search?lang=en&api_key={KEY}"}, "provider.url must not hold the value of 'api_key'"),
+    ],
+)
+def test_a_key_written_down_is_refused_and_not_repeated(options, place):
+    with pytest.raises(ConfigurationError) as caught:
+        SearchProvider(**{"url": "http://x", "params": {"q": "{query}"}, **options})
+    message = str(caught.value)
+    assert message.startswith(place)
+    assert message.endswith(
+        "write {key} in provider.params, headers or body, and name the environment variable in provider.key"
+    )
+    assert KEY not in message
+
+
+def test_a_key_written_down_stops_the_command_before_it_writes_anything(tmp_path, capfd):
+    provider = {"url": "http://x", "params": {"q": "{query}"}, "headers": {"X-API-KEY": KEY}}
+    tool = {"class_path": "WebSearchTool", "init_args": {"provider": provider, "cache": str(tmp_path / "web.sqlite")}}
+    overlay = tmp_path / "web.yaml"
+    overlay.write_text(json.dumps({"data": {"tools": [tool]}}))
+    quickstart = Path(__file__).parents[3] / "configs" / "quickstart" / "appo.yaml"
+    output = tmp_path / "run"
+    assert main(["fit", "--config", str(quickstart), "--config", str(overlay), "--output_dir", str(output)]) != 0
+    said = "".join(capfd.readouterr())
+    assert "provider.headers.X-API-KEY must not hold a key itself" in said
+    assert KEY not in said
+    assert not output.exists()
+
+
+def test_harmless_names_may_have_any_value():
+    headers = {"Accept": "application/json", "User-Agent": "appo", "Content-Type": "text/x", "X-Author": "me"}
+    body = {"q": "{query}", "keywords": "any", "token_limit": "500", "include_tokens": True, "X-Auth-Type": "none"}
+    SearchProvider("https://[::1]:8080/@all/v1", method="POST", headers=headers, body=body)
+
+
+def test_what_stands_in_the_address_is_filled_in_and_quoted():
+    provider = SearchProvider("http://x/{key}/{query}/{count}", key="TEST_SEARCH_KEY")
+    assert provider.request("a/b? {count}", 3)["url"] == f"http://x/{KEY}/a%2Fb%3F%20%7Bcount%7D/3"
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"url": "http://x?q={query}"}, r"provider.url must end before its '\?': put what stands behind into"),
         ({"params": {}}, "expected {query} in url, params or body"),
         ({"params": {"q": "{query}"}, "key": "A_KEY"}, "provider.key and {key} belong together"),
         ({"params": {"q": "{query}", "k": "{key}"}}, "provider.key and {key} belong together"),

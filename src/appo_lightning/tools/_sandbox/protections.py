@@ -46,6 +46,11 @@ class Protections:
         lists = {name: tuple(fields[name]) for name in ("held", "missing", "walls")}
         return cls(**lists, children=fields["children"], lacks=fields["lacks"], where=where)
 
+    @property
+    def complete(self) -> bool:
+        """Whether some protections hold and none is missing."""
+        return bool(self.held) and not self.missing
+
     def line(self) -> str:
         """All of it on one line."""
         found = [f"tried and found to hold: {', '.join(self.held) or 'nothing'}"]

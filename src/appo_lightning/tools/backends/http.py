@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 from appo_lightning.errors import ConfigurationError
 from appo_lightning.tools._sandbox import frames
 from appo_lightning.tools._sandbox.protections import Protections
+from appo_lightning.tools._secrets import check_address, shown_address
 from appo_lightning.tools.backends.base import Needs, PythonBackend
 
 _MAX_CODE_BYTES = 1 << 23
@@ -30,18 +31,18 @@ class HTTPBackend(PythonBackend):
         url: of the service, for example ``http://10.0.0.7:8700``.
         token_variable: environment variable with the token that the service asks for, if it is set. The token itself
             never stands in a configuration.
+        allow_unsafe: run even where the service reports that a protection is missing, for code that you trust.
     """
 
-    def __init__(self, url: str, token_variable: str = "APPO_SANDBOX_TOKEN") -> None:
-        address = urlsplit(url)
-        if address.scheme not in ("http", "https") or not address.hostname:
-            raise ConfigurationError(f"backend.url must begin with http:// or https:// and name a host, got {url!r}")
-        if address.username or address.password:
-            raise ConfigurationError(f"backend.url must hold no password: put a token into ${token_variable}")
+    def __init__(self, url: str, token_variable: str = "APPO_SANDBOX_TOKEN", *, allow_unsafe: bool = False) -> None:
+        check_address(url, "backend.url", f"put a token into ${token_variable}")
+        if shown_address(url) != url:
+            raise ConfigurationError("backend.url must end before '?' and '#': what stands behind has no effect")
         self.url, self.token_variable = url.rstrip("/"), token_variable
+        self._allow_unsafe = allow_unsafe  # not among the options that change an answer
 
     def serve(self, needs: Needs) -> ServiceClient:
-        return ServiceClient(self.url, self.token_variable, needs)
+        return ServiceClient(self.url, self.token_variable, needs, allow_unsafe=self._allow_unsafe)
 
 
 class ServiceError(Exception):
@@ -55,10 +56,12 @@ class ServiceClient:
         url: of the service.
         token_variable: environment variable with its token.
         needs: of the tool.
+        allow_unsafe: run even where a protection is missing.
     """
 
-    def __init__(self, url: str, token_variable: str, needs: Needs) -> None:
+    def __init__(self, url: str, token_variable: str, needs: Needs, *, allow_unsafe: bool) -> None:
         self._url, self._token_variable, self._needs = url, token_variable, needs
+        self._allow_unsafe = allow_unsafe
         self._protections: Protections | None = None
         self._lock = threading.Lock()
         self._open: set[socket.socket] = set()
@@ -68,12 +71,20 @@ class ServiceClient:
             if self._protections is None:
                 try:
                     found = self._request(self._connection(_CONNECT_S), "POST", "/protections", self._wanted())
-                    self._protections = Protections.from_service(found["protections"], f"at {self._url}")
+                    protections = Protections.from_service(found["protections"], f"at {self._url}")
                 except (ServiceError, KeyError, TypeError) as error:
                     raise ConfigurationError(
                         f"python tool: expected a sandbox service at {self._url}, found: {error}; start one with "
                         "python -m appo_lightning.tools.sandbox_server, or correct backend.init_args.url"
                     ) from error
+                if not (protections.complete or self._allow_unsafe):
+                    raise ConfigurationError(
+                        f"python tool: expected a sandbox service that keeps policy code behind walls, found at "
+                        f"{self._url} missing: {', '.join(protections.missing) or 'everything, as nothing is held'}; "
+                        "mend that machine (docs/security.md), or set backend.init_args.allow_unsafe: true to run "
+                        "without, for code that you trust"
+                    )
+                self._protections = protections
             return self._protections
 
     def connect(self) -> socket.socket:
