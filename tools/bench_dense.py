@@ -22,6 +22,7 @@ from appo_lightning.tools.base import Tool
 from appo_lightning.tools.dense import DenseSearchTool
 from appo_lightning.tools.search import SearchTool
 from appo_lightning.types import Task
+from benchmarking import write_figures
 
 TASK = Task("bench", [], ())
 SHOWN = 80  # characters by which a page is recognised
@@ -78,9 +79,7 @@ def main() -> None:
     print(f"{f'{len(documents):,} pages, {len(queries)} queries':32}{'found':>8}{'ms a query':>12}{'ready, s':>10}")
     for name, row in rows.items():
         print(f"{name:32}{row['found']:8.1%}{row['query_ms']:12.1f}{row['ready_s']:10.1f}")
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({"documents": len(documents), "rows": rows}, indent=2) + "\n")
+    write_figures(options.json, {"documents": len(documents), "rows": rows})
 
 
 if __name__ == "__main__":

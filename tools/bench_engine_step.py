@@ -11,11 +11,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import json
 import os
 import statistics
-import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +22,7 @@ import torch
 
 from appo_lightning.samplers.base import SampleRequest
 from appo_lightning.samplers.vllm import VLLMSampler
+from benchmarking import checkpoint_or_tiny, write_figures
 
 PARTS = ("norms", "draws", "ranks")
 VARIANTS: dict[str, tuple[str, ...]] = {"vLLM's own": (), **{part: (part,) for part in PARTS}, "all": PARTS}
@@ -93,13 +91,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args()
 
-    checkpoint = options.checkpoint
-    if checkpoint is None:
-        sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-        from helpers.tiny import save_tiny
-
-        checkpoint = tempfile.mkdtemp()
-        save_tiny(Path(checkpoint))
+    checkpoint = checkpoint_or_tiny(options.checkpoint)
     torch.set_num_threads(1)  # what VLLMSampler samples with
     bench = Bench(checkpoint, max(options.sequences), options.tokens)
     for sequences in options.sequences:
@@ -121,10 +113,8 @@ def main() -> None:
         rows.append({"sequences": sequences, "milliseconds": medians, "ratio": ratios})
         print(f"{f'{sequences} sequences':20}" + "".join(f"{ms:14.2f}" for ms in medians.values()), end="")
         print(f"{ratios['all']:12.2f}", flush=True)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        figures = {"cores": os.cpu_count(), "load_average": os.getloadavg()[0], "rounds": options.rounds, "rows": rows}
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+    figures = {"cores": os.cpu_count(), "load_average": os.getloadavg()[0], "rounds": options.rounds, "rows": rows}
+    write_figures(options.json, figures)
     bench.close()
 
 

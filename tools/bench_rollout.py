@@ -14,12 +14,9 @@ answered at once: the ratio of a loop that hides all waiting and changes nothing
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import statistics
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +31,7 @@ from appo_lightning.rollout.loop import RolloutLoop
 from appo_lightning.samplers.base import SampleRequest, generate
 from appo_lightning.samplers.vllm import VLLMSampler
 from appo_lightning.types import Task, Trajectory
+from benchmarking import checkpoint_or_tiny, seconds, write_figures
 from fixed_turns import PROMPT_TOKENS, FixedTurns, Workload, workload
 
 MAX_LENGTH = 1024
@@ -219,13 +217,6 @@ class Bench:
         return self.sampler.tool.workload
 
 
-def seconds(action: Callable[[], Any]) -> float:
-    """Wall clock of one call."""
-    began = time.perf_counter()
-    action()
-    return time.perf_counter() - began
-
-
 def compare(rounds: int, draw: Callable[[int], Workload], **contestants: Callable[[Workload], float]) -> dict[str, Any]:
     """Seconds of each contestant by round, in turns; the order is reversed every other round."""
     measured: dict[str, list[float]] = {name: [] for name in contestants}
@@ -379,13 +370,7 @@ def main() -> None:
 
     from transformers import AutoTokenizer
 
-    checkpoint = options.checkpoint
-    if checkpoint is None:
-        sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-        from helpers.tiny import save_tiny
-
-        checkpoint = tempfile.mkdtemp()
-        save_tiny(Path(checkpoint), max_length=MAX_LENGTH)
+    checkpoint = checkpoint_or_tiny(options.checkpoint, max_length=MAX_LENGTH)
     torch.set_num_threads(1)  # what VLLMSampler samples with
     bench = Bench(checkpoint, AutoTokenizer.from_pretrained(checkpoint), options.slots)
     for contestant in (bench.run_engine, bench.run_loop, bench.run_lock_step):
@@ -394,16 +379,14 @@ def main() -> None:
     load = os.getloadavg()[0]
     table = Table(bench, options.rounds, options.only)
     measure(bench, table, sequences=options.sequences, many=options.many)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        figures = {
-            "cores": os.cpu_count(),
-            "load_average": load,
-            "rounds": options.rounds,
-            "slots": options.slots,
-            "rows": table.rows,
-        }
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+    figures = {
+        "cores": os.cpu_count(),
+        "load_average": load,
+        "rounds": options.rounds,
+        "slots": options.slots,
+        "rows": table.rows,
+    }
+    write_figures(options.json, figures)
     bench.engine.close()
 
 

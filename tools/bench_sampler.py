@@ -8,13 +8,8 @@ The two take turns in one process, so that a busy machine slows both; the ratio 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
-import sys
-import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +18,9 @@ import torch
 from appo_lightning.samplers.base import Sampler, SampleRequest, generate
 from appo_lightning.samplers.transformers import TransformersSampler
 from appo_lightning.samplers.vllm import VLLMSampler
+from benchmarking import checkpoint_or_tiny, seconds, write_figures
 
 STOP = ("</python>", "</search>", "</answer>")
-
-
-def seconds(action: Callable[[], Any]) -> float:
-    """Wall clock of one call."""
-    began = time.perf_counter()
-    action()
-    return time.perf_counter() - began
 
 
 def tokens_per_second(sampler: Sampler, num_sequences: int, max_tokens: int, stop: tuple[str, ...]) -> float:
@@ -67,13 +56,7 @@ def main() -> None:
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    checkpoint = options.checkpoint
-    if checkpoint is None:
-        sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-        from helpers.tiny import save_tiny
-
-        checkpoint = tempfile.mkdtemp()
-        save_tiny(Path(checkpoint))
+    checkpoint = checkpoint_or_tiny(options.checkpoint)
     policy = AutoModelForCausalLM.from_pretrained(checkpoint)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     torch.set_num_threads(1)  # what VLLMSampler samples with
@@ -111,19 +94,17 @@ def main() -> None:
     for row in rows:
         name = f"tokens/s, {row['sequences']} seq., {row['stop_strings']} stops"
         print(f"{name:32}{row['vllm']:12,.0f}{row['transformers']:14,.0f}{row['ratio']:8.2f}")
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        figures = {
-            "policy_parameters": sum(parameter.numel() for parameter in policy.parameters()),
-            "cores": os.cpu_count(),
-            "load_average": os.getloadavg()[0],
-            "max_tokens": options.max_tokens,
-            "rounds": options.rounds,
-            "start_seconds": start,
-            "sync_milliseconds": sync,
-            "tokens_per_second": rows,
-        }
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+    figures = {
+        "policy_parameters": sum(parameter.numel() for parameter in policy.parameters()),
+        "cores": os.cpu_count(),
+        "load_average": os.getloadavg()[0],
+        "max_tokens": options.max_tokens,
+        "rounds": options.rounds,
+        "start_seconds": start,
+        "sync_milliseconds": sync,
+        "tokens_per_second": rows,
+    }
+    write_figures(options.json, figures)
     for sampler in samplers.values():
         sampler.close()
 
