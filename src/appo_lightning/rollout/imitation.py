@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -81,9 +82,10 @@ def _prompt(
 def _add_response(
     row: TokenRow, demonstration: Demonstration, tokenizer: PreTrainedTokenizerBase, syntax: CallSyntax
 ) -> None:
-    _check_answers(demonstration, syntax)
+    calls = answered_calls(demonstration.response)
+    _check_answers(demonstration.response, calls, syntax)
     said_until = 0
-    for call in answered_calls(demonstration.response):
+    for call in calls:
         said = demonstration.part(said_until, call.start())
         argument = demonstration.part(*call.span("argument"))
         texts = syntax.write_call(
@@ -103,10 +105,10 @@ def _add_response(
     row.add([tokenizer.eos_token_id], _INDEX["format"])
 
 
-def _check_answers(demonstration: Demonstration, syntax: CallSyntax) -> None:
+def _check_answers(response: str, calls: Sequence[re.Match[str]], syntax: CallSyntax) -> None:
     """A call without a result would be trained on as text, in a notation that the policy must not learn."""
-    rest = demonstration.response
-    for call in answered_calls(rest):
+    rest = response
+    for call in calls:
         rest = rest.replace(call.group(), "", 1)
     for tool in syntax.prompt_tools or ():
         name = tool["function"]["name"]

@@ -10,17 +10,9 @@ import pytest
 from appo_lightning.errors import ToolFailure
 from appo_lightning.rollout.sessions import EpisodeSession, digest_of
 from appo_lightning.tools._sandbox.state import digest
-from appo_lightning.tools.python import PythonTool
 from appo_lightning.types import Task, ToolCall
 
 TASK = Task("task", [1], ("answer",))
-
-
-@pytest.fixture(scope="module")
-def tool():
-    tool = PythonTool(timeout_s=5.0)
-    yield tool
-    tool.close()
 
 
 def recorded(session, code: str) -> ToolCall:
