@@ -12,13 +12,14 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
-import json
 import os
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from benchmarking import write_figures
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 MEGABYTE = 1 << 20
@@ -110,9 +111,7 @@ def main() -> None:
     print(f"{'':22}{'all, MB':>10}{'largest, MB':>13}{'peak, MB':>10}{'seconds':>9}")
     for row in rows:
         print(f"{row['way']:22}{row['total']:10.0f}{row['largest']:13.0f}{row['peak']:10.0f}{row['seconds']:9.2f}")
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(rows, indent=2) + "\n")
+    write_figures(options.json, rows)
 
 
 if __name__ == "__main__":

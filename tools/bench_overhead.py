@@ -26,6 +26,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarking import write_figures
+
 USEFUL = ("engine", "tools", "forward", "forward and backward", "optimiser")
 SEALED = ("weight push", "sync checks")  # own what happens inside
 ROWS = (*USEFUL, *SEALED, "loop", "reward", "plan and batch", "statistics", "progress bar", "checkpoint", "Lightning")
@@ -248,10 +250,8 @@ def main() -> None:
             environment = {"GOMP_SPINCOUNT": "0", "TOKENIZERS_PARALLELISM": "false", **os.environ}
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
             results[name] = json.loads(done.stdout.splitlines()[-1])
-        if options.json:  # after each setting: the next one may be stopped
-            options.json.parent.mkdir(parents=True, exist_ok=True)
-            figures = {"cores": os.cpu_count(), "load_average": os.getloadavg()[0], "settings": results}
-            options.json.write_text(json.dumps(figures, indent=2) + "\n")
+        figures = {"cores": os.cpu_count(), "load_average": os.getloadavg()[0], "settings": results}
+        write_figures(options.json, figures)
     print_table(results)
 
 

@@ -8,7 +8,6 @@ The variants take turns in one process, so that a busy machine slows all; each f
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import threading
@@ -20,6 +19,7 @@ from appo_lightning.rollout.sessions import EpisodeSession
 from appo_lightning.tools._sandbox.client import WALLS
 from appo_lightning.tools.python import PythonTool
 from appo_lightning.types import Task, ToolCall
+from benchmarking import write_figures
 
 TASK = Task("bench", [1], ("x",))
 # What full protection costs is the first against the last, which runs the same code without walls.
@@ -161,16 +161,14 @@ def main() -> None:
         digits = 0 if figure.endswith("_per_second") else 2
         values = "".join(f"{found[name][figure]:16,.{digits}f}" for name in VARIANTS)
         print(f"{label.format(threads=options.threads):44}{values}")
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        result = {
-            "cores": os.cpu_count(),
-            "load_average": os.getloadavg()[0],
-            "rounds": options.rounds,
-            "threads": options.threads,
-            "variants": found,
-        }
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+    result = {
+        "cores": os.cpu_count(),
+        "load_average": os.getloadavg()[0],
+        "rounds": options.rounds,
+        "threads": options.threads,
+        "variants": found,
+    }
+    write_figures(options.json, result)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ some thousands of tokens the fixed cost of a call weighs more.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import statistics
@@ -35,6 +34,7 @@ from appo_lightning.policy.tree_packing import pack_tree, plan_packs
 from appo_lightning.rollout.serialise import trajectory_from_dict, trajectory_to_dict
 from appo_lightning.rollout.tree import BlankTokens, BranchingOptions, plan_branches
 from appo_lightning.types import Branch, BranchPoint, RolloutTree, Task, ToolCall, Trajectory
+from benchmarking import write_figures
 
 ROOTS, BRANCHES = 4, 4
 GAMMA = gamma_from_half_life(64.0)
@@ -152,10 +152,8 @@ def main() -> None:
     for name, row in table.items():
         slopes[name] = math.log(row[-1] / row[middle]) / octaves
         print(f"{name:36}" + "".join(f"{1000 * value:9.2f}" for value in row) + f"{slopes[name]:8.2f}")
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        figures = {"cores": os.cpu_count(), "load_average": os.getloadavg()[0], "lengths": lengths}
-        options.json.write_text(json.dumps({**figures, "seconds": table, "slopes": slopes}, indent=2) + "\n")
+    figures = {"cores": os.cpu_count(), "load_average": os.getloadavg()[0], "lengths": lengths}
+    write_figures(options.json, {**figures, "seconds": table, "slopes": slopes})
 
 
 if __name__ == "__main__":

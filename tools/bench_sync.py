@@ -32,6 +32,7 @@ from appo_lightning.samplers.base import SampleRequest, generate
 from appo_lightning.samplers.read_back import ReadBack
 from appo_lightning.samplers.vllm import VLLMSampler
 from appo_lightning.tasks.lookup import create_tiny_policy
+from benchmarking import write_figures
 
 ROOT = Path(__file__).resolve().parents[1]
 LORA = LoraOptions(rank=16, alpha=32.0)
@@ -216,9 +217,7 @@ def main() -> None:
             if "training" in options.tables:
                 shared = shares(size, checkpoint, Path(directory), options.ways)
         figures[size.name] = {"parameters": parameters, "pushes": rows, "training": shared}
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+    write_figures(options.json, figures)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ sys.path.insert(0, str(PARTS))
 
 from agreement import Workload, workload  # noqa: E402
 
+from benchmarking import write_figures  # noqa: E402
+
 TURN_TOKENS = 32  # of a case with tools
 PROMPT_TOKENS = 16
 
@@ -279,10 +281,8 @@ def main() -> None:
     trl_python = trl_environment(options.venv.resolve(), options.torch_index)
     cases = {name: run_case(name, options, trl_python) for name in options.cases}
     print(table(cases))
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        figures = {"machine": machine(), "threads": options.threads, "cases": cases}
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+    figures = {"machine": machine(), "threads": options.threads, "cases": cases}
+    write_figures(options.json, figures)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarking import write_figures
+
 VOCABULARIES = [32_768, 151_936]
 HIDDEN = 64
 
@@ -266,16 +268,14 @@ def main() -> None:
         prefixes.append(row)
         speeds = f"{row['separate_tokens_per_second']:12,.0f}{row['shared_tokens_per_second']:12,.0f}"
         print(f"{row['shape']:34}{speeds}{row['computed_share']:10.2f}{row['ratio']:10.2f}", flush=True)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        figures = {
-            "cores": os.cpu_count(),
-            "load_average": os.getloadavg()[0],
-            "rounds": options.rounds,
-            "vocabulary": vocabulary,
-            "shared_prefixes": prefixes,
-        }
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+    figures = {
+        "cores": os.cpu_count(),
+        "load_average": os.getloadavg()[0],
+        "rounds": options.rounds,
+        "vocabulary": vocabulary,
+        "shared_prefixes": prefixes,
+    }
+    write_figures(options.json, figures)
 
 
 if __name__ == "__main__":
