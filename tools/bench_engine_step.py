@@ -1,4 +1,4 @@
-"""What `samplers/_vllm_cpu.py` takes from a step of vLLM on a CPU: with and without each part, in one engine.
+"""What the sampler takes from a step of vLLM on a CPU: with and without each part, in one engine.
 
     OMP_NUM_THREADS=1 python tools/bench_engine_step.py --checkpoint runs/quickstart/sft_policy
 
@@ -20,11 +20,12 @@ from typing import Any
 
 import torch
 
+from appo_lightning.samplers import vllm as sampler
 from appo_lightning.samplers.base import SampleRequest
 from appo_lightning.samplers.vllm import VLLMSampler
 from benchmarking import checkpoint_or_tiny, write_figures
 
-PARTS = ("norms", "draws", "ranks")
+PARTS = ("norms", "draws", "ranks", "blocks", "logprobs")
 VARIANTS: dict[str, tuple[str, ...]] = {"vLLM's own": (), **{part: (part,) for part in PARTS}, "all": PARTS}
 PROMPT_TOKENS = 40
 
@@ -49,19 +50,28 @@ class Bench:
         """Only these parts of the package's, the others vLLM's own."""
         import vllm.v1.sample.sampler as sampling
         from vllm import ir
+        from vllm.v1.core.kv_cache_manager import KVCacheManager
 
         priority = ["appo_cpu", "native"] if "norms" in parts else ["native"]
         ours, ranks = type(self._draw).forward_cpu, sampling.batched_count_greater_than
         forward = ours if "draws" in parts else ours.__wrapped__
+        allocate: Any = KVCacheManager.allocate_slots
+        collect: Any = sampler.SampledLogprobs
         with ir.ops.rms_norm.set_priority(priority), ir.ops.fused_add_rms_norm.set_priority(priority):
             self._draw.forward = functools.partial(forward, self._draw)
             if "ranks" not in parts:
                 # As vLLM counts them, but for its compiler, which is not everywhere.
                 sampling.batched_count_greater_than = lambda x, values: (x >= values).sum(-1)
+            if "blocks" not in parts:
+                KVCacheManager.allocate_slots = allocate.__wrapped__
+            if "logprobs" not in parts:
+                sampler.SampledLogprobs = _theirs
             try:
                 yield
             finally:
                 sampling.batched_count_greater_than = ranks
+                KVCacheManager.allocate_slots = allocate
+                sampler.SampledLogprobs = collect
 
     def milliseconds(self, sequences: int) -> float:
         """CPU time of a step, without the first, which reads the prompts."""
@@ -79,6 +89,20 @@ class Bench:
     def close(self) -> None:
         """End the engine."""
         self._sampler.close()
+
+
+def _theirs() -> Any:
+    """A request's log-prob processor as vLLM makes it."""
+    from vllm.v1.engine.logprobs import FlatLogprobs, LogprobsProcessor
+
+    return LogprobsProcessor(
+        tokenizer=None,
+        logprobs=FlatLogprobs(),
+        prompt_logprobs=None,
+        cumulative_logprob=0.0,
+        num_logprobs=0,
+        num_prompt_logprobs=None,
+    )
 
 
 def main() -> None:

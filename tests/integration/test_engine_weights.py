@@ -16,7 +16,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from appo_lightning.errors import ConfigurationError, SamplerError, WeightSyncError
 from appo_lightning.policy.causal_lm import CausalPolicy
 from appo_lightning.policy.options import LoraOptions, PolicyOptions
-from appo_lightning.samplers import vllm
+from appo_lightning.samplers import _vllm_writing
 from appo_lightning.samplers.base import Completion, SampleRequest, generate
 from appo_lightning.samplers.read_back import ReadBack, ReadBackResult
 from appo_lightning.samplers.vllm import VLLMSampler
@@ -155,6 +155,75 @@ def test_a_layer_with_a_bias_is_read_to_the_bit(tmp_path: Path) -> None:
     assert result == ReadBackResult(checked=len(list(policy.named_weights())))
 
 
+def everything_held(sampler: VLLMSampler, policy: CausalPolicy) -> dict[str, list[Tensor]]:
+    return sampler.read_weights({name: range(weight.shape[-1]) for name, weight in policy.named_weights()})
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied", "half precision", "biases"])
+def test_weights_written_into_the_layers_are_those_that_vllm_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    save_tiny(tmp_path, tied=kind == "tied")
+    if kind == "biases":
+        # vLLM pads a vocabulary to a multiple of 64.
+        sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2}
+        Qwen2ForCausalLM(Qwen2Config(vocab_size=330, num_key_value_heads=1, **sizes)).save_pretrained(tmp_path)
+    dtype = "bfloat16" if kind == "half precision" else "float32"
+    sampler, policy = VLLMSampler(dtype, kv_cache_mb=64), CausalPolicy(PolicyOptions(str(tmp_path)))
+    sampler.start(str(tmp_path), policy.tokenizer, max_length=MAX_LENGTH)
+    reloads: list[Any] = []
+    from vllm.v1.worker.gpu_worker import Worker
+
+    monkeypatch.setattr(Worker, "reload_weights", _recording(reloads, "reload", Worker.reload_weights))
+    found = []
+    for by_vllm in (False, True):
+        perturb(policy, seed=9, scale=0.1)
+        sampler.load_weights(policy.named_weights())  # other weights in between
+        if by_vllm:
+            monkeypatch.setattr(_vllm_writing.WeightWriter, "complete", property(lambda self: False))
+        policy = CausalPolicy(PolicyOptions(str(tmp_path)))
+        perturb(policy, seed=1)
+        sampler.load_weights(policy.named_weights())
+        assert len(reloads) == int(by_vllm)
+        found.append((everything_held(sampler, policy), generate(sampler, some_requests(4))))
+    sampler.close()
+    (written, said), (loaded, said_then) = found
+    assert said == said_then
+    assert sorted(written) == sorted(loaded) == sorted(name for name, _ in policy.named_weights())
+    assert all(torch.equal(a, b) for name in loaded for a, b in zip(written[name], loaded[name], strict=True))
+
+
+def test_layers_that_take_weights_in_another_form_are_left_to_vllm(engine: Engine) -> None:
+    assert engine.sampler._engine is not None
+    shapes = dict(engine.sampler._shapes)
+    models: list[Any] = []
+    engine.sampler._engine.apply_model(models.append)
+
+    def complete() -> bool:
+        return _vllm_writing.WeightWriter(models[0], shapes).complete
+
+    assert complete()
+    name = "model.layers.1.self_attn.k_proj.weight"
+    shape = shapes.pop(name)
+    assert not complete()  # a part of a fused layer does not come
+    shapes[name] = torch.Size([shape[1] + 1, shape[0]])  # transposed, say
+    assert not complete()
+    shapes[name] = shape
+    norm = shapes.pop("model.norm.weight")
+    assert not complete()
+    shapes["model.norm.weight"] = norm
+    shapes["model.experts.weight"] = norm
+    assert not complete()
+    del shapes["model.experts.weight"]
+    layer = models[0].model.layers[0].mlp
+    layer.process_weights_after_loading = lambda dtype: None  # it derives something
+    try:
+        assert not complete()
+    finally:
+        del layer.process_weights_after_loading
+    assert complete()
+
+
 def test_numbers_that_are_not_finite_are_told_apart_from_others(engine: Engine) -> None:
     policy = engine.policy()
     name = "model.layers.1.mlp.down_proj.weight"
@@ -174,7 +243,7 @@ def test_a_weight_that_was_left_behind_is_named(engine: Engine, name: str) -> No
 def test_an_output_layer_that_was_not_packed_again_is_named(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = engine.policy()
     engine.push(policy)
-    monkeypatch.setattr(vllm, "repack_tied_head", lambda model: None)
+    monkeypatch.setattr(_vllm_writing, "repack_tied_head", lambda model: None)
     perturb(policy, seed=3, scale=1e-6)
     assert engine.push(policy).different == ["model.embed_tokens.weight"]
 
@@ -302,13 +371,12 @@ def test_the_weights_wake_before_the_push_and_the_cache_after_it(
     assert sampler.wake() is True
     assert not core.engine_core.is_sleeping()
     said = [(name, *args[:1], *options.values()) for name, args, options in calls]
-    assert [entry[:2] for entry in said[:4]] == [
+    assert [entry[:2] for entry in said] == [
         ("sleep", 2),  # the weights are forgotten
         ("wake_up", ["weights"]),
-        ("collective_rpc", "reload_weights"),
-        ("collective_rpc", "apply_model"),
+        ("collective_rpc", _vllm_writing.set_weights),
+        ("wake_up", ["kv_cache"]),
     ]
-    assert said[4:] == [("wake_up", ["kv_cache"])]
     assert engine.gap(policy) < TOLERANCE
 
 

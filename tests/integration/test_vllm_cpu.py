@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from appo_lightning.samplers import _vllm_cpu
+from appo_lightning.samplers.base import generate
+from appo_lightning.samplers.vllm import VLLMSampler
+from helpers.sampler_contract import some_requests
+from helpers.tiny import save_tiny
 
 pytestmark = [
     pytest.mark.engine,
@@ -111,3 +117,47 @@ def test_the_draws_of_a_finished_request_are_forgotten() -> None:
     assert len(_vllm_cpu._DRAWS) == before + 1
     del generator
     assert len(_vllm_cpu._DRAWS) == before
+
+
+def test_a_request_that_samples_into_its_block_is_given_what_vllm_would(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+
+    checkpoint = tmp_path / "policy"
+    _, tokenizer = save_tiny(checkpoint)
+    sampler = VLLMSampler(kv_cache_mb=64)
+    sampler.start(str(checkpoint), tokenizer, max_length=128)
+    ours: Any = KVCacheManager.allocate_slots
+    theirs = ours.__wrapped__
+    asked: list[bool] = []  # whether vLLM looked
+    look = KVCacheCoordinator.get_num_blocks_to_allocate
+
+    def seen(*arguments: Any, **options: Any) -> int:
+        asked[-1] = True
+        return look(*arguments, **options)
+
+    def state(manager: Any, request: Any) -> tuple[Any, ...]:
+        blocks = manager.coordinator.single_type_managers[0]
+        held = blocks.req_to_blocks.get(request.request_id, [])
+        cached = blocks.num_cached_block.get(request.request_id)
+        return [block.block_id for block in held], cached, manager.block_pool.get_num_free_blocks()
+
+    def both(self: Any, request: Any, *arguments: Any, **options: Any) -> Any:
+        before = state(self, request)
+        asked.append(False)
+        given = ours(self, request, *arguments, **options)
+        if not asked[-1]:
+            assert theirs(self, request, *arguments, **options) is given
+            assert state(self, request) == before
+            asked[-1] = False
+        return given
+
+    monkeypatch.setattr(KVCacheCoordinator, "get_num_blocks_to_allocate", seen)
+    monkeypatch.setattr(KVCacheManager, "allocate_slots", both)
+    # Nine prompts of 3 to 40 tokens, 70 sampled for each: every one fills two or three blocks of 32.
+    generate(sampler, some_requests(9, max_tokens=70, stop=()))
+    sampler.close()
+    assert asked.count(False) > 0.9 * len(asked)
+    assert asked.count(True) >= 9 * 3

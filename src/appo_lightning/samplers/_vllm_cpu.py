@@ -1,7 +1,7 @@
 """vLLM's step on a CPU, without work that changes nothing: see ``docs/benchmarks/engine.md``.
 
-The norms go through vLLM's registry of kernels, made for it. The draws and the ranks replace one function each,
-only in versions of vLLM that they were compared with.
+The norms go through vLLM's registry of kernels, made for it. The draws, the ranks and the blocks of the cache replace
+one function each, only in versions of vLLM that they were compared with.
 """
 
 from __future__ import annotations
@@ -86,6 +86,43 @@ def shorten_sampling() -> None:
         return torch.ops._C.fused_gumbel_argmax(logits.to(torch.float32), torch.tensor(seeds)), logprobs
 
     TopKTopPSampler.forward_cpu = sample  # type: ignore[method-assign]
+
+
+@functools.cache
+def shorten_scheduling() -> None:
+    """Give a request that samples one more token into a block it already holds nothing, without asking every manager
+    of the cache: 31 of 32 steps.
+    """
+    from vllm.v1.core.kv_cache_coordinator import UnitaryKVCacheCoordinator
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
+    from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+    from vllm.v1.request import Request
+
+    theirs = KVCacheManager.allocate_slots
+
+    @functools.wraps(theirs)
+    def allocate_slots(
+        self: KVCacheManager, request: Request, num_new_tokens: int, *args: Any, **options: Any
+    ) -> KVCacheBlocks | None:
+        """As theirs."""
+        if num_new_tokens == 1 and not args and options == _NO_LOOKAHEAD:
+            manager = self.coordinator.single_type_managers[0]
+            held = manager.req_to_blocks.get(request.request_id, ())
+            tokens, size = request.num_computed_tokens + 1, manager.block_size
+            if (
+                # A block that is full goes into the prefix cache: theirs.
+                tokens % size
+                and tokens <= min(len(held) * size, self.max_model_len)
+                and type(manager) is FullAttentionManager
+                and type(self.coordinator) is UnitaryKVCacheCoordinator
+            ):
+                return self.empty_kv_cache_blocks
+        return theirs(self, request, num_new_tokens, *args, **options)
+
+    KVCacheManager.allocate_slots = allocate_slots  # type: ignore[method-assign]
+
+
+_NO_LOOKAHEAD = {"num_lookahead_tokens": 0}  # what the scheduler says of a request that samples
 
 
 def _no_ranks(x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

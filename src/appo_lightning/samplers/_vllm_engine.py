@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from appo_lightning.errors import SamplerError
-from appo_lightning.samplers._vllm_cpu import NORM_PRIORITY, register_norms, shorten_sampling
+from appo_lightning.samplers._vllm_cpu import NORM_PRIORITY, register_norms, shorten_sampling, shorten_scheduling
 
 if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
@@ -63,6 +63,7 @@ def start_engine(arguments: dict[str, Any]) -> LLMEngine:
         _shorten_cpu_start(arguments["model"])
         if _check_version(vllm.__version__):
             shorten_sampling()
+            shorten_scheduling()
             register_norms()
             arguments = {"ir_op_priority": NORM_PRIORITY, **arguments}
     engine_arguments = EngineArgs(**arguments)

@@ -1,6 +1,6 @@
 """The layers of a vLLM model under the names that transformers gives their modules.
 
-Needs of vLLM's insides: the layers' classes, a model's name mapper and its map of fused layers.
+Needs of vLLM's insides: the layers' classes and ``quant_method``, a model's name mapper and its map of fused layers.
 """
 
 from __future__ import annotations
@@ -61,3 +61,33 @@ class VLLMLayers:
         if self.tied and layer in self.embeddings:
             places += [(head, None) for head in self.heads]
         return places
+
+
+def is_packed(layer: Any) -> bool:
+    """Whether a layer computes with a packed copy of its weight, as on CPUs; an embedding is looked up as it is."""
+    from vllm.model_executor.layers.linear import LinearBase
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+    from vllm.platforms import current_platform
+
+    kinds = LinearBase | ParallelLMHead
+    return bool(current_platform.is_cpu()) and isinstance(layer, kinds) and is_unquantised(layer)
+
+
+def is_unquantised(layer: Any) -> bool:
+    """Whether a layer holds the numbers that it was given; others hold other numbers, on purpose."""
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+    from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+
+    return isinstance(getattr(layer, "quant_method", None), UnquantizedLinearMethod | UnquantizedEmbeddingMethod)
+
+
+def rows_of(layer: Any, index: int | None) -> slice:
+    """Rows of a layer's weight, or elements of its bias, that belong to a module: those of a part of a fused layer,
+    or all but the padding of a vocabulary.
+    """
+    if index is not None:
+        start = sum(layer.output_sizes[:index])
+        return slice(start, start + layer.output_sizes[index])
+    if hasattr(layer, "org_vocab_size"):
+        return slice(0, layer.org_vocab_size)
+    return slice(0, getattr(layer, "output_size", None))

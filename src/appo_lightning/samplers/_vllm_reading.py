@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from appo_lightning.samplers._vllm_layers import VLLMLayers
+from appo_lightning.samplers._vllm_layers import VLLMLayers, is_packed, is_unquantised, rows_of
 
 if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
@@ -50,7 +50,7 @@ class WeightReader:
             self._places[name] = self._layers.places(module)
             for layer, _ in self._places[name]:
                 key = (layer, tuple(chosen))
-                if leaf == "weight" and key not in self._packed and _is_packed(layer):
+                if leaf == "weight" and key not in self._packed and is_packed(layer):
                     self._packed[key] = _PackedColumns(layer, chosen)
 
     @contextmanager
@@ -71,7 +71,7 @@ class WeightReader:
         for layer, index in self._places[name]:
             whole = self._whole(layer, name.rpartition(".")[2], self._columns[name])
             if whole is not None:
-                parts.append(_part(layer, index, whole))
+                parts.append(whole[rows_of(layer, index)])
         return parts
 
     def _whole(self, layer: Any, leaf: str, columns: Sequence[int]) -> Tensor | None:
@@ -82,7 +82,7 @@ class WeightReader:
         if not isinstance(weight, Tensor):
             return None
         if leaf == "weight" and getattr(layer, "quant_method", None) is not None:
-            return weight[:, list(columns)] if _is_unquantised(layer) else None
+            return weight[:, list(columns)] if is_unquantised(layer) else None
         return weight if weight.dim() == 1 else None  # norms, biases
 
     def _adapter(self, name: str) -> list[Tensor]:
@@ -134,29 +134,3 @@ class _PackedColumns:
         if self._product is None:
             self._product = self._compute(self._units, self._layer.weight, None)
         return self._product.T
-
-
-def _is_packed(layer: Any) -> bool:
-    from vllm.model_executor.layers.linear import LinearBase
-    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-    from vllm.platforms import current_platform
-
-    # An embedding is looked up in its weight as it is.
-    kinds = LinearBase | ParallelLMHead
-    return bool(current_platform.is_cpu()) and isinstance(layer, kinds) and _is_unquantised(layer)
-
-
-def _is_unquantised(layer: Any) -> bool:
-    # Others hold other numbers than were pushed, on purpose.
-    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
-    from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
-
-    return isinstance(getattr(layer, "quant_method", None), UnquantizedLinearMethod | UnquantizedEmbeddingMethod)
-
-
-def _part(layer: Any, index: int | None, whole: Tensor) -> Tensor:
-    if index is not None:
-        start = sum(layer.output_sizes[:index])
-        return whole[start : start + layer.output_sizes[index]]
-    # A vocabulary is padded inside vLLM.
-    return whole[: layer.org_vocab_size] if hasattr(layer, "org_vocab_size") else whole

@@ -1,7 +1,7 @@
 """vLLM inside the training process: continuous batching, a prefix cache, weights handed over in memory.
 
 With the modules ``_vllm_*`` beside it the only part of the package that imports vLLM. What they touch below vLLM's
-documented surface moves between releases, and has a test each; here it is the detokenizer of a request.
+documented surface moves between releases, and has a test each; here it is what a request's output is put together by.
 """
 
 from __future__ import annotations
@@ -27,14 +27,11 @@ from appo_lightning.samplers._common import (
     preserved_rng,
     preserved_torch_rng,
 )
+from appo_lightning.samplers._vllm_adapters import checked_adapter, room_for_rank, set_adapter
 from appo_lightning.samplers._vllm_engine import import_vllm, preserved_process, shut_down, start_engine
+from appo_lightning.samplers._vllm_outputs import SampledLogprobs, StopDetector
 from appo_lightning.samplers._vllm_reading import ADAPTER_ID, WeightReader, count_cached_tokens
-from appo_lightning.samplers._vllm_weights import (
-    checked_adapter,
-    repack_tied_head,
-    room_for_rank,
-    set_adapter,
-)
+from appo_lightning.samplers._vllm_writing import set_weights
 from appo_lightning.samplers.base import Completion, Sampler, SampleRequest, SamplerStats
 
 if TYPE_CHECKING:
@@ -166,10 +163,8 @@ class VLLMSampler(Sampler):
             if self._asleep:
                 # The cache comes after the weights: what is gathered for the push needs room as well.
                 engine.wake_up(["weights"])
-            engine.collective_rpc(
-                "reload_weights", kwargs={"weights_iterator": checked_weights(weights, self._shapes, self._aliases)}
-            )
-            engine.apply_model(repack_tied_head)
+            rpc: Any = engine.collective_rpc
+            rpc(set_weights, args=(checked_weights(weights, self._shapes, self._aliases), self._shapes))
             if self._asleep:
                 engine.wake_up(["kv_cache"])
                 self._asleep = False
@@ -245,7 +240,6 @@ class VLLMSampler(Sampler):
             ignore_eos=True,
             stop_token_ids=sorted(self._eos_token_ids),
             logprobs=0,
-            flat_logprobs=True,
             detokenize=False,
             output_kind=final_only,
             skip_clone=True,
@@ -254,9 +248,10 @@ class VLLMSampler(Sampler):
             engine_id = engine.add_request(
                 str(request.id), tokens_input(request.token_ids), parameters, lora_request=self._adapter_request()
             )
+            state: Any = engine.output_processor.request_states[engine_id]
+            state.logprobs_processor = SampledLogprobs()
             if request.stop:
-                state: Any = engine.output_processor.request_states[engine_id]
-                state.detokenizer = _StopDetector(self._stop_strings(request.stop))
+                state.detokenizer = StopDetector(self._stop_strings(request.stop))
         self._unfinished[request.id] = request
 
     def step(self) -> list[Completion]:
@@ -369,7 +364,7 @@ class VLLMSampler(Sampler):
         completion = Completion(
             request.id,
             token_ids,
-            list(sequence.logprobs.logprobs),  # flat: one number per token
+            sequence.logprobs,  # one number per token: see SampledLogprobs
             finish_reason(token_ids[-1], completed_stop, self._eos_token_ids),
             cached_tokens=output.num_cached_tokens or 0,
         )
@@ -438,31 +433,6 @@ def _request_types() -> tuple[Any, Any, Any]:
     from vllm.sampling_params import RequestOutputKind
 
     return SamplingParams, tokens_input, RequestOutputKind.FINAL_ONLY
-
-
-class _StopDetector:
-    """Takes the place of a request's detokenizer: vLLM's would decode every token of the request."""
-
-    def __init__(self, stop: StopStrings) -> None:
-        self._stop = stop
-        self.token_ids: list[int] = []
-
-    @property
-    def output_token_ids(self) -> list[int]:
-        return self.token_ids
-
-    def num_output_tokens(self) -> int:
-        return len(self.token_ids)
-
-    def update(self, new_token_ids: list[int], stop_terminated: bool) -> str | None:
-        for token in new_token_ids:
-            self.token_ids.append(token)
-            if completed := self._stop.completed_by_last(self.token_ids):
-                return completed
-        return None
-
-    def get_next_output_text(self, finished: bool, delta: bool) -> str:
-        return ""
 
 
 def _told(error: Exception) -> str:

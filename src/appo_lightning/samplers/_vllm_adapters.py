@@ -1,6 +1,6 @@
-"""Weights handed over to a vLLM engine.
+"""Adapters handed over to a vLLM engine.
 
-Needs of vLLM's insides: the packed output layer on CPUs, and the LoRA manager.
+Needs of vLLM's insides: the LoRA manager.
 
 Runs in the process of the engine, by ``collective_rpc``.
 """
@@ -31,26 +31,6 @@ def room_for_rank(rank: int) -> int:
             f"sync.lora: adapter takes policy.lora.rank up to {_RANKS[-1]} in vLLM, got {rank}: use merge"
         )
     return room
-
-
-def repack_tied_head(model: Any) -> None:
-    """Give a tied output layer the embedding's weight, also in its packed copy."""
-    # On a CPU the output layer multiplies with a packed copy of its weight. `reload_weights` refreshes the copies of
-    # layers that receive weights; a tied output layer receives none and would keep the old policy.
-    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
-    from vllm.platforms import current_platform
-
-    layers = VLLMLayers(model)
-    if not current_platform.is_cpu() or not layers.tied:
-        return
-    heads, inputs = layers.heads, layers.embeddings
-    if len(heads) != 1 or len(inputs) != 1:
-        raise SamplerError(
-            f"tied embeddings with {len(heads)} output and {len(inputs)} input layers cannot be synchronised on a CPU: "
-            "use TransformersSampler"
-        )
-    heads[0].weight = inputs[0].weight
-    dispatch_cpu_unquantized_gemm(heads[0], remove_weight=False)
 
 
 def set_adapter(worker: Any, weights: Mapping[str, Tensor]) -> None:
