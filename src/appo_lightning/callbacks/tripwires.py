@@ -80,21 +80,14 @@ class Tripwires(L.Callback):
         self._file: Path | None = None
         self._kept: Counter[str] = Counter()
         self._ringing: set[str] = set()
-        self._tests: dict[str, Callable[[Trajectory], bool]] = {}
+        self._marks: re.Pattern[str] | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         data: RolloutDataModule = trainer.datamodule  # type: ignore[attr-defined]
         module: Any = pl_module
-        marks = control_marks(
+        self._marks = control_marks(
             [*data.call_format.control_tags, *(tool.name for tool in data.tools)], module.policy.tokenizer
         )
-        self._tests = {
-            "control_tags": lambda rollout: any(speaks_for_the_policy(call, marks) for call in rollout.tool_calls),
-            "empty_calls": lambda rollout: has_empty_call(rollout, free_of_arguments(data.tools)),
-            "repeated_calls": has_repeated_call,
-            "tool_spam": lambda rollout: any(call.error == "limit" for call in rollout.tool_calls),
-            "form_alone": lambda rollout: earned_by_form_alone(rollout, self.reward_above, self.form_parts),
-        }
         directory = trainer.log_dir  # collective
         if directory is not None:
             suffix = f".rank{trainer.global_rank}" if trainer.global_rank else ""
@@ -105,15 +98,20 @@ class Tripwires(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: ProcedureBatch, batch_idx: int
     ) -> None:
+        data: RolloutDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        tests = self._tests(data.tools)
+        rollouts = [
+            (tree, rollout)
+            for tree in batch.trees
+            for rollout in [*tree.roots, *(branch.trajectory for branch in tree.branches)]
+        ]
+        offenders = [
+            (wire, tree, rollout) for tree, rollout in rollouts for wire, test in tests.items() if test(rollout)
+        ]
+        tripped = Counter(wire for wire, _, _ in offenders)
         metrics = MetricSums()
-        offenders: list[tuple[str, RolloutTree, Trajectory]] = []
-        for tree in batch.trees:
-            for rollout in [*tree.roots, *(branch.trajectory for branch in tree.branches)]:
-                for wire, test in self._tests.items():
-                    tripped = test(rollout)
-                    metrics.add_sum(f"tripwire/{wire}", float(tripped), 1.0)
-                    if tripped:
-                        offenders.append((wire, tree, rollout))
+        for wire in tests:
+            metrics.add_sum(f"tripwire/{wire}", tripped[wire], len(rollouts))
         means = log_metrics(trainer, metrics)
         starting = self._starting(means)  # the same on every process
         self._keep(offenders, starting, trainer.global_step)
@@ -121,7 +119,18 @@ class Tripwires(L.Callback):
             for wire in starting:
                 self._warn(wire, means[f"tripwire/{wire}"], trainer.global_step)
 
-    def _starting(self, means: dict[str, float]) -> list[str]:
+    def _tests(self, tools: Sequence[Tool]) -> dict[Wire, Callable[[Trajectory], bool]]:
+        marks, optional = self._marks, free_of_arguments(tools)
+        assert marks is not None
+        return {
+            "control_tags": lambda rollout: any(speaks_for_the_policy(call, marks) for call in rollout.tool_calls),
+            "empty_calls": lambda rollout: has_empty_call(rollout, optional),
+            "repeated_calls": has_repeated_call,
+            "tool_spam": lambda rollout: any(call.error == "limit" for call in rollout.tool_calls),
+            "form_alone": lambda rollout: earned_by_form_alone(rollout, self.reward_above, self.form_parts),
+        }
+
+    def _starting(self, means: dict[str, float]) -> list[Wire]:
         """Tripwires whose rate has risen above its threshold, and not again before it has fallen below."""
         above = {wire for wire in get_args(Wire) if means.get(f"tripwire/{wire}", 0.0) > getattr(self.alarms, wire)}
         starting = [wire for wire in get_args(Wire) if wire in above - self._ringing]
@@ -136,7 +145,7 @@ class Tripwires(L.Callback):
             stacklevel=2,
         )
 
-    def _keep(self, offenders: Sequence[tuple[str, RolloutTree, Trajectory]], starting: list[str], step: int) -> None:
+    def _keep(self, offenders: Sequence[tuple[Wire, RolloutTree, Trajectory]], starting: list[Wire], step: int) -> None:
         """Write the first offenders of the run, and some of the step where an alarm starts, however late."""
         room = {wire: self.keep - self._kept[wire] for wire in get_args(Wire)}
         room |= {wire: max(room[wire], min(_PER_ALARM, self.keep)) for wire in starting}
@@ -210,6 +219,8 @@ def _is_empty(argument: str) -> bool:
 
 def _content(argument: str) -> str | frozenset[tuple[str, str]]:
     """The fields of a JSON object, each value in one spelling; any other argument as it is."""
+    if not argument.lstrip().startswith("{"):
+        return argument
     try:
         fields = json.loads(argument)
         if isinstance(fields, dict):
