@@ -25,6 +25,7 @@ from appo_lightning.callbacks import (
     CreditStatistics,
     EvaluationReport,
     ExportPolicy,
+    FrozenHeap,
     GracefulStop,
     ProcedureAdvantageScaling,
     RandomState,
@@ -87,7 +88,7 @@ class AppoCLI(LightningCLI):
 
     def _fixed_callbacks(self) -> list[Any]:
         """Callbacks without options: no config can forget them."""
-        common: list[Any] = [RandomState(), GracefulStop()]
+        common: list[Any] = [RandomState(), GracefulStop(), FrozenHeap()]
         if self.stage == "sft":
             return common
         return [*common, BranchStatistics(), CreditStatistics(), ToolCallEfficiency()]

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import pickle
 import random
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -206,6 +207,26 @@ def test_a_failing_engine_is_reported_and_can_be_replaced(
 
 
 @pytest.mark.distributed
+def test_the_memory_of_an_engine_is_given_back_though_the_heap_is_frozen(
+    tied_checkpoint: tuple[Path, PreTrainedModel, Any],
+) -> None:
+    checkpoint, _, tokenizer = tied_checkpoint
+    sampler = VLLMSampler(kv_cache_mb=64)
+    sampler.start(str(checkpoint), tokenizer, max_length=MAX_LENGTH)
+    assert sampler._engine is not None
+    models: list[Any] = []
+    sampler._engine.apply_model(models.append)
+    model = weakref.ref(models.pop())
+    gc.collect()
+    gc.freeze()
+    try:
+        sampler.close()
+        assert model() is None
+        assert gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()
+
+
 def test_two_ranks_train_together_and_sample_apart(tmp_path: Path) -> None:
     save_tiny(tmp_path / "checkpoint")
     mp.spawn(_rank, (tmp_path,), nprocs=2)

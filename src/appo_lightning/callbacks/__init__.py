@@ -2,6 +2,7 @@
 
 from appo_lightning.callbacks.advantage_scaling import ProcedureAdvantageScaling
 from appo_lightning.callbacks.files import EvaluationReport, ExportPolicy, RolloutWriter
+from appo_lightning.callbacks.heap import FrozenHeap
 from appo_lightning.callbacks.progress import RolloutProgressBar
 from appo_lightning.callbacks.resume import AtomicCheckpointIO, GracefulStop, RandomState
 from appo_lightning.callbacks.statistics import BranchStatistics, CreditStatistics, RolloutStatistics
@@ -15,6 +16,7 @@ __all__ = [
     "CreditStatistics",
     "EvaluationReport",
     "ExportPolicy",
+    "FrozenHeap",
     "GracefulStop",
     "ProcedureAdvantageScaling",
     "RandomState",

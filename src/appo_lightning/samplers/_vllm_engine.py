@@ -123,13 +123,17 @@ def shut_down(engine: LLMEngine) -> None:
     # vLLM's clean-up destroys the default process group, which may be the trainer's, and the groups that a second
     # engine of this process uses. Weights and cache are released before it is reached.
     client: Any = engine.engine_core
+    frozen = gc.get_freeze_count()  # vLLM forgets it
     clean_up = core.cleanup_dist_env_and_memory
     core.cleanup_dist_env_and_memory = lambda *args, **kwargs: None
     try:
         client.engine_core.shutdown()
     finally:
         core.cleanup_dist_env_and_memory = clean_up
+    gc.unfreeze()  # the engine's objects hold each other, and its memory
     gc.collect()
+    if frozen:
+        gc.freeze()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
 
