@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -140,20 +141,35 @@ def pad_trajectories(trajectories: Sequence[Trajectory]) -> PaddedSequences:
     return PaddedSequences(torch.from_numpy(token_ids), torch.from_numpy(lengths), torch.from_numpy(mask))
 
 
-def response_mask(trajectories: Sequence[Trajectory], width: int) -> Tensor:
-    """[B, width] bool, True on the response of each row."""
-    starts = torch.tensor([len(t.prompt_ids) for t in trajectories], dtype=torch.long)[:, None]
-    lengths = torch.tensor([len(t.response_ids) for t in trajectories], dtype=torch.long)[:, None]
-    position = torch.arange(width)
-    return (position >= starts) & (position < starts + lengths)
+def token_mask(lengths: Sequence[int], starts: Sequence[int] | None = None) -> np.ndarray:
+    """[B, longest] bool, True on ``lengths`` tokens of each row, from the first or from ``starts`` on."""
+    first = np.array(starts or [0] * len(lengths), dtype=np.int64)[:, None]
+    last = first + np.array(lengths, dtype=np.int64)[:, None]
+    position = np.arange(last.max(initial=1))
+    return (position >= first) & (position < last)
 
 
-def pad_responses(trajectories: Sequence[Trajectory], values: Sequence[Sequence[float] | Tensor], width: int) -> Tensor:
-    """Values per response token [T] as rows [B, width], 0 on prompts and padding."""
-    out = np.zeros((len(trajectories), width), dtype=np.float32)
-    for row, (trajectory, value) in enumerate(zip(trajectories, values, strict=True)):
-        start = len(trajectory.prompt_ids)
-        out[row, start : start + len(trajectory.response_ids)] = value.numpy() if isinstance(value, Tensor) else value
+def response_mask(trajectories: Sequence[Trajectory]) -> np.ndarray:
+    """[B, L] bool, True on the response of each row."""
+    return token_mask([len(t.response_ids) for t in trajectories], [len(t.prompt_ids) for t in trajectories])
+
+
+def pad_rows(
+    values: Sequence[Sequence[float]] | Sequence[Tensor], inside: np.ndarray, dtype: type[np.generic] = np.float32
+) -> Tensor:
+    """Values of the tokens of each row, one row after the other, where the mask [B, L] is True; 0 elsewhere."""
+    sizes = [value.numel() if isinstance(value, Tensor) else len(value) for value in values]
+    if sizes != (wanted := inside.sum(axis=1).tolist()):
+        row = next(row for row, size in enumerate(sizes) if size != wanted[row])
+        raise ValueError(
+            f"row {row} has {wanted[row]} tokens, got {sizes[row]} values for it: give one value per token"
+        )
+    out = np.zeros(inside.shape, dtype=dtype)
+    # All rows at once: to reach a tensor takes longer than to copy it.
+    if values and isinstance(values[0], Tensor):
+        out[inside] = torch.cat(list(values)).numpy()  # type: ignore[arg-type]
+    else:
+        out[inside] = np.fromiter(chain.from_iterable(values), dtype)
     return torch.from_numpy(out)
 
 
@@ -191,7 +207,7 @@ def build_batch(
     sequences = pad_trajectories(rows)
     if drop_overlong:
         sequences.mask &= ~torch.tensor([row.stop_reason == "length" for row in rows], dtype=torch.bool)[:, None]
-    width = sequences.token_ids.shape[1]
+    answers = response_mask(rows)
 
     first_root, row_of_root = 0, []
     for tree in trees:
@@ -203,10 +219,10 @@ def build_batch(
 
     return ProcedureBatch(
         sequences=sequences,
-        behaviour_logprobs=pad_responses(rows, [row.behaviour_logprobs for row in rows], width),
-        old_logprobs=pad_responses(rows, [s.logprobs for s in row_old], width),
-        current_logprobs=pad_responses(rows, [s.logprobs for s in row_current], width),
-        entropies=pad_responses(rows, [s.entropies for s in row_current], width),
+        behaviour_logprobs=pad_rows([row.behaviour_logprobs for row in rows], answers),
+        old_logprobs=pad_rows([s.logprobs for s in row_old], answers),
+        current_logprobs=pad_rows([s.logprobs for s in row_current], answers),
+        entropies=pad_rows([s.entropies for s in row_current], answers),
         prompt_lengths=torch.tensor([len(row.prompt_ids) for row in rows], dtype=torch.long),
         rewards=torch.tensor([_reward(row) for row in rows], dtype=torch.float32),
         prompt_index=torch.tensor(prompt_index, dtype=torch.long),

@@ -77,21 +77,26 @@ def plan_row_attention(place: np.ndarray, lengths: Sequence[int], shared: Sequen
     """
     rows = [row for row, length in enumerate(lengths) if length > shared[row]]
     added = _rows_that_ask_for_added(rows, lengths, shared)
-    groups, source, offset = [], np.zeros(int(place.max()) + 1, dtype=np.int64), 0
+    sizes, own_starts = np.array(lengths), np.array(shared)
+    groups, offset = [], 0
+    answers = np.zeros_like(sizes)  # of each row, where that of its first token is, or would be
     for masked in (False, True):
         chosen = [row for row in rows if (row in added) == masked]
-        first = [shared[row] if masked else 0 for row in range(len(lengths))]
-        for members in _of_similar_length(chosen, lengths, first):
-            starts, stops, own_starts = (np.array([of[row] for row in members]) for of in (first, lengths, shared))
-            keys = place[members, : stops.max()]
-            position = starts[:, None] + np.arange((stops - starts).max())  # in the row, of each that asks
-            asks = position < stops[:, None]
-            queries = np.where(asks, np.take_along_axis(keys, position.clip(max=stops.max() - 1), axis=1), 0)
-            own = asks & (position >= own_starts[:, None])
-            source[queries[own]] = offset + np.flatnonzero(own)
+        for members in _of_similar_length(chosen, lengths, shared if masked else [0] * len(lengths)):
+            keys = queries = place[members, : lengths[members[0]]]
+            starts = own_starts[members] if masked else None
+            if starts is not None:
+                asks = sizes[members] - starts
+                position = np.arange(asks.max())
+                known = keys[np.arange(len(members))[:, None], (starts[:, None] + position).clip(max=keys.shape[1] - 1)]
+                queries = np.where(position < asks[:, None], known, 0)
+            answers[members] = offset + np.arange(len(members)) * queries.shape[1] - (0 if starts is None else starts)
             offset += queries.size
-            before = torch.from_numpy(starts) if masked else None
+            before = None if starts is None else torch.from_numpy(starts)
             groups.append(RowGroup(torch.from_numpy(keys), torch.from_numpy(queries), before))
+    # The computed tokens stand row by row.
+    own = sizes - own_starts
+    source = np.arange(own.sum()) + np.repeat(answers + own_starts - (own.cumsum() - own), own)
     return RowAttention(groups, torch.from_numpy(source))
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,9 +46,10 @@ def logprob_gap(trajectories: Sequence[Trajectory], scores: Sequence[TraceScores
     """The gap on the sampled tokens of some trajectories, scored by the weights that sampled them."""
     if not trajectories:
         return LogprobGap()
-    sampler = torch.tensor([logprob for trajectory in trajectories for logprob in trajectory.behaviour_logprobs])
-    sampled = torch.tensor([own for trajectory in trajectories for own in trajectory.sampled], dtype=torch.bool)
-    return LogprobGap.of((torch.cat([score.logprobs for score in scores]) - sampler)[sampled])
+    sampler = np.fromiter(chain.from_iterable(t.behaviour_logprobs for t in trajectories), np.float32)
+    sampled = np.fromiter(chain.from_iterable(t.sampled for t in trajectories), np.bool_)
+    trainer = torch.cat([score.logprobs for score in scores])
+    return LogprobGap.of((trainer - torch.from_numpy(sampler))[torch.from_numpy(sampled)])
 
 
 @dataclass(slots=True)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 import torch
 
-from appo_lightning.batching import ProcedureBatch, TraceScores, build_batch, pad_responses, pad_trajectories
+from appo_lightning.batching import ProcedureBatch, TraceScores, build_batch, pad_rows, pad_trajectories, token_mask
 from appo_lightning.types import Branch, BranchPoint, RolloutTree, Trajectory
 from helpers.scripted import make_task, rolled_out
 
@@ -136,9 +137,19 @@ def test_a_trajectory_without_reward_is_our_mistake():
 
 
 def test_values_that_do_not_fit_their_response_are_refused():
-    trajectory = rolled_out("ABC")
-    with pytest.raises(ValueError, match="could not broadcast"):
-        pad_responses([trajectory], [[0.0] * (len(trajectory.response_ids) + 1)], 20)
+    # In all there are five values for five tokens.
+    for values in ([[0.5] * 3, [0.5] * 2], [torch.ones(3), torch.ones(2)]):
+        with pytest.raises(ValueError, match="row 0 has 2 tokens, got 3 values"):
+            pad_rows(values, token_mask([2, 3]))
+
+
+def test_values_stand_where_their_response_does():
+    inside = token_mask([2, 3], starts=[2, 0])
+    assert inside.tolist() == [[False, False, True, True], [True, True, True, False]]
+    padded = [[0, 0, 1, 2], [3, 4, 5, 0]]
+    assert pad_rows([[1, 2], [3, 4, 5]], inside, np.int64).tolist() == padded
+    assert pad_rows([torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0, 5.0])], inside).tolist() == padded
+    assert pad_rows([], token_mask([])).shape == (0, 1)
 
 
 def test_some_rows_have_the_padding_that_they_need():
