@@ -73,7 +73,7 @@ class RolloutSource:
 
     def __iter__(self) -> Iterator[ProcedureBatch]:
         while self.position < len(self):
-            with self._ranks.work():
+            with self._ranks.work(), self._data.module.evaluating():
                 batch = self._draw()
                 self._data.sampler.sleep()
             # Before the yield: checkpoints are taken while this is suspended, and nothing runs after the last one.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -415,3 +416,16 @@ def test_rollouts_without_a_value_are_neither_trained_on_nor_counted(checkpoint)
         assert logged["rollout/unscored_share"] == pytest.approx(left_out / (left_out + kept))
         assert logged["val/tasks"] == pytest.approx(5 * (1 - logged["val/unscored_share"]))
     assert any(step["rollout/unscored_share"] > 0 for step in logger.steps.values())
+
+
+def test_evaluation_mode_ends_where_it_began(checkpoint: str) -> None:
+    module = Run(checkpoint).module()
+    module.configure_model()
+    module.train()
+    with suppress(KeyError), module.evaluating():
+        with module.scoring():
+            assert not any(part.training for part in module.modules())
+            assert not torch.is_grad_enabled()
+        assert not module.policy.training  # the outer one goes on
+        raise KeyError
+    assert all(part.training for part in module.modules())
