@@ -31,7 +31,7 @@ from appo_lightning.algorithm import (
 )
 from appo_lightning.batching import TraceScores, build_batch
 from appo_lightning.policy.tree_packing import pack_tree, plan_packs
-from appo_lightning.rollout.serialise import trajectory_from_dict, trajectory_to_dict
+from appo_lightning.rollout.serialise import trajectories_from_state, trajectories_to_state
 from appo_lightning.rollout.tree import BlankTokens, BranchingOptions, plan_branches
 from appo_lightning.types import Branch, BranchPoint, RolloutTree, Task, ToolCall, Trajectory
 from benchmarking import write_figures
@@ -113,7 +113,7 @@ def work(tokens: int) -> dict[str, Callable[[], Any]]:
             branch_current=scores[4:],
         ),
         "packing": pack,
-        "to a checkpoint and back": lambda: [trajectory_from_dict(trajectory_to_dict(root)) for root in roots],
+        "to a checkpoint and back": lambda: trajectories_from_state(trajectories_to_state(roots)),
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -14,13 +14,14 @@ from torch import Tensor
 from appo_lightning.batching import TraceScores
 from appo_lightning.errors import DataError
 from appo_lightning.rollout.serialise import (
-    branch_from_dict,
-    branch_to_dict,
-    trajectory_from_dict,
-    trajectory_to_dict,
+    branches_from_state,
+    branches_to_state,
+    trajectories_from_state,
+    trajectories_to_state,
 )
 from appo_lightning.types import Branch, Task, Trajectory
 
+V = TypeVar("V")
 # (round, number of prompts wanted) -> other prompts; fewer where there are no more
 Refill = Callable[[int, int], list[Task]]
 
@@ -71,7 +72,8 @@ class Branches:
     def state_dict(self) -> dict[str, Any]:
         """Plain containers and tensors: what ``weights_only`` loading accepts."""
         return {
-            "sampled": [[branch_to_dict(branch) for branch in group] for group in self.sampled],
+            "counts": [len(group) for group in self.sampled],
+            "sampled": branches_to_state([branch for group in self.sampled for branch in group]),
             "unscored": self.unscored,
             "fallback": self.fallback,
             "old": None if self.old is None else _scores_to_state(self.old),
@@ -81,7 +83,7 @@ class Branches:
     def from_state_dict(cls, state: dict[str, Any]) -> Branches:
         """What ``state_dict`` described."""
         return cls(
-            sampled=[[branch_from_dict(branch) for branch in group] for group in state["sampled"]],
+            sampled=_groups(branches_from_state(state["sampled"]), state["counts"]),
             unscored=list(state["unscored"]),
             fallback=[list(group) for group in state["fallback"]],
             old=None if state["old"] is None else _scores_from_state(state["old"]),
@@ -89,7 +91,7 @@ class Branches:
 
 
 def _scores_to_state(scores: Sequence[Sequence[TraceScores]]) -> dict[str, Any]:
-    # Two tensors, however many rows: each one takes a checkpoint as long as hundreds of numbers.
+    # Two tensors, however many rows: each one takes a checkpoint as long as hundreds of numbers in a list.
     return {
         "lengths": [[len(score.logprobs) for score in group] for group in scores],
         "logprobs": _joined([score.logprobs for group in scores for score in group]),
@@ -99,8 +101,14 @@ def _scores_to_state(scores: Sequence[Sequence[TraceScores]]) -> dict[str, Any]:
 
 def _scores_from_state(state: dict[str, Any]) -> list[list[TraceScores]]:
     lengths = [length for group in state["lengths"] for length in group]
-    scores = map(TraceScores, state["logprobs"].split(lengths), state["entropies"].split(lengths))
-    return [[next(scores) for _ in group] for group in state["lengths"]]
+    scores = list(map(TraceScores, state["logprobs"].split(lengths), state["entropies"].split(lengths)))
+    return _groups(scores, [len(group) for group in state["lengths"]])
+
+
+def _groups(values: Sequence[V], counts: Sequence[int]) -> list[list[V]]:
+    """The values cut into groups of some sizes."""
+    rest = iter(values)
+    return [[next(rest) for _ in range(count)] for count in counts]
 
 
 def _joined(rows: Sequence[Tensor]) -> Tensor:
@@ -127,7 +135,8 @@ class Phase:
             "index": self.index,
             "policy_version": self.policy_version,
             "task_ids": [task.id for task in self.tasks],
-            "roots": [[trajectory_to_dict(root) for root in group] for group in self.roots],
+            "counts": [len(group) for group in self.roots],
+            "roots": trajectories_to_state([root for group in self.roots for root in group]),
             "old": _scores_to_state(self.old),
             "gap": None if self.gap is None else (self.gap.mean, self.gap.rms, self.gap.maximum),
             "refills": self.refills,
@@ -164,7 +173,7 @@ class Phase:
             tasks=[known[task_id] for task_id in task_ids],
             refills=refills,
             unscored=list(state["unscored"]),
-            roots=[[trajectory_from_dict(root) for root in group] for group in state["roots"]],
+            roots=_groups(trajectories_from_state(state["roots"]), state["counts"]),
             old=_scores_from_state(state["old"]),
             gap=None if state["gap"] is None else LogprobGap(*state["gap"]),
             branches=None if state.get("branches") is None else Branches.from_state_dict(state["branches"]),
