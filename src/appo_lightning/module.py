@@ -166,26 +166,24 @@ class AppoModule(PolicyModule):
         """Optimiser steps so far: grows with every change of the weights."""
         return int(self.trainer.global_step)
 
-    def score(self, trajectories: Sequence[Trajectory], *, temperature: float) -> list[TraceScores]:
+    def score(self, trajectories: Sequence[Trajectory], *, temperature: float) -> TraceScores:
         """Log-probs and entropies of the sampled tokens with the current weights, in the order given."""
         sequences = pad_trajectories(trajectories)
         with self.scoring():
             scored = self._score_rows(sequences, temperature)
         assert scored.entropies is not None
         answers = torch.from_numpy(response_mask(trajectories))
-        lengths = [len(trajectory.response_ids) for trajectory in trajectories]
-        columns = (values[answers].split_with_sizes(lengths) for values in (scored.logprobs, scored.entropies))
-        return [TraceScores(*tensors) for tensors in zip(*columns, strict=True)]
+        return TraceScores(scored.logprobs[answers], scored.entropies[answers])
 
-    def score_previous(self, trajectories: Sequence[Trajectory], *, temperature: float) -> list[Tensor]:
-        """Log-probs [T] by the weights at the beginning of the phase before this one."""
+    def score_previous(self, trajectories: Sequence[Trajectory], *, temperature: float) -> Tensor:
+        """Log-probs [n], as of ``score``, by the weights at the beginning of the phase before this one."""
         if self._previous is None:
             raise ConfigurationError(
                 "data.branching.gain_baseline = 'previous' needs the weights of an earlier rollout phase, and the "
                 "checkpoint lies inside a phase of a run that kept none; resume with 'behaviour'"
             )
         with self._previous.active():
-            return [scores.logprobs for scores in self.score(trajectories, temperature=temperature)]
+            return self.score(trajectories, temperature=temperature).logprobs
 
     def on_phase_begin(self) -> None:
         """Called when a rollout phase has sampled its roots: its policy becomes the next phase's previous one."""

@@ -39,11 +39,11 @@ class _TrainerPolicy:
         with self._ranks.collective():
             self._data.sync_sampler()
 
-    def score(self, trajectories: Sequence[Trajectory], *, temperature: float) -> list[TraceScores]:
+    def score(self, trajectories: Sequence[Trajectory], *, temperature: float) -> TraceScores:
         with self._ranks.collective():
             return self._data.module.score(trajectories, temperature=temperature)
 
-    def score_previous(self, trajectories: Sequence[Trajectory], *, temperature: float) -> list[Tensor]:
+    def score_previous(self, trajectories: Sequence[Trajectory], *, temperature: float) -> Tensor:
         with self._ranks.collective():
             return self._data.module.score_previous(trajectories, temperature=temperature)
 

@@ -43,14 +43,20 @@ class LogprobGap:
         return cls(float(gap.abs().mean()), float(gap.square().mean().sqrt()), float(gap.abs().max()))
 
 
-def logprob_gap(trajectories: Sequence[Trajectory], scores: Sequence[TraceScores]) -> LogprobGap:
+def logprob_gap(trajectories: Sequence[Trajectory], scores: TraceScores) -> LogprobGap:
     """The gap on the sampled tokens of some trajectories, scored by the weights that sampled them."""
-    if not trajectories:
-        return LogprobGap()
-    sampler = np.fromiter(chain.from_iterable(t.behaviour_logprobs for t in trajectories), np.float32)
     sampled = np.fromiter(chain.from_iterable(t.sampled for t in trajectories), np.bool_)
-    trainer = torch.cat([score.logprobs for score in scores])
-    return LogprobGap.of((trainer - torch.from_numpy(sampler))[torch.from_numpy(sampled)])
+    return LogprobGap.of((scores.logprobs - behaviour_logprobs(trajectories))[torch.from_numpy(sampled)])
+
+
+def behaviour_logprobs(trajectories: Sequence[Trajectory]) -> Tensor:
+    """[n] log-probs by the sampler of the response tokens of some trajectories, one after the other."""
+    return torch.from_numpy(np.fromiter(chain.from_iterable(t.behaviour_logprobs for t in trajectories), np.float32))
+
+
+def tokens_of(groups: Sequence[Sequence[Trajectory]]) -> list[int]:
+    """Response tokens of each group."""
+    return [sum(len(trajectory.response_ids) for trajectory in group) for group in groups]
 
 
 @dataclass(slots=True)
@@ -60,7 +66,7 @@ class Branches:
     sampled: list[list[Branch]]  # per task; those without a value are left out
     unscored: list[int]  # per task, branches left out
     fallback: list[list[bool]]  # per task, per root: the gain was only noise, entropy alone chose
-    old: list[list[TraceScores]] | None  # per task, per branch, of the weights that sampled it; with train_branches
+    old: list[TraceScores] | None  # per task, of its branches, by the weights that sampled them; with train_branches
 
     def of(self, rows: Sequence[int]) -> Branches:
         """Those of some of the prompts."""
@@ -90,29 +96,21 @@ class Branches:
         )
 
 
-def _scores_to_state(scores: Sequence[Sequence[TraceScores]]) -> dict[str, Any]:
-    # Two tensors, however many rows: each one takes a checkpoint as long as hundreds of numbers in a list.
-    return {
-        "lengths": [[len(score.logprobs) for score in group] for group in scores],
-        "logprobs": _joined([score.logprobs for group in scores for score in group]),
-        "entropies": _joined([score.entropies for group in scores for score in group]),
-    }
+def _scores_to_state(scores: Sequence[TraceScores]) -> dict[str, Any]:
+    # Two tensors, however many tasks: each one takes a checkpoint as long as hundreds of numbers in a list.
+    whole = TraceScores.joined(scores)
+    tokens = [len(part.logprobs) for part in scores]
+    return {"tokens": tokens, "logprobs": whole.logprobs, "entropies": whole.entropies}
 
 
-def _scores_from_state(state: dict[str, Any]) -> list[list[TraceScores]]:
-    lengths = [length for group in state["lengths"] for length in group]
-    scores = list(map(TraceScores, state["logprobs"].split(lengths), state["entropies"].split(lengths)))
-    return _groups(scores, [len(group) for group in state["lengths"]])
+def _scores_from_state(state: dict[str, Any]) -> list[TraceScores]:
+    return TraceScores(state["logprobs"], state["entropies"]).split(state["tokens"])
 
 
 def _groups(values: Sequence[V], counts: Sequence[int]) -> list[list[V]]:
     """The values cut into groups of some sizes."""
     rest = iter(values)
     return [[next(rest) for _ in range(count)] for count in counts]
-
-
-def _joined(rows: Sequence[Tensor]) -> Tensor:
-    return torch.cat([*rows, torch.zeros(0)])
 
 
 @dataclass(slots=True)
@@ -123,7 +121,7 @@ class Phase:
     policy_version: int
     tasks: list[Task]
     roots: list[list[Trajectory]]  # per task
-    old: list[list[TraceScores]]  # per task, per root
+    old: list[TraceScores]  # per task, of its roots
     gap: LogprobGap | None  # None: not measured before the update, which scores the roots
     refills: list[int] = field(default_factory=list)  # prompts replaced, by round
     unscored: list[int] = field(default_factory=list)  # per task, roots that could not be scored and are left out

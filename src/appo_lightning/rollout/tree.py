@@ -177,8 +177,8 @@ class BlankTokens:
 
 def plan_branches(
     trees: Sequence[RolloutTree],
-    current: Sequence[TraceScores],
-    base_logprobs: Sequence[Tensor],
+    current: TraceScores,
+    base_logprobs: Tensor,
     options: BranchingOptions,
     *,
     noise_floor: float,
@@ -190,8 +190,8 @@ def plan_branches(
 
     Args:
         trees: with their roots.
-        current: per root of all trees, log-probs and entropies of the current policy.
-        base_logprobs: per root, [T] of the policy that the gain is measured against.
+        current: of the roots of all trees, by the current policy.
+        base_logprobs: [n] of the same tokens by the policy that the gain is measured against.
         options: criterion and counts.
         noise_floor: measured numerical difference between sampler and trainer, nats per token.
         max_response_tokens: response budget.
@@ -205,8 +205,8 @@ def plan_branches(
     mask = pad_rows([root.sampled for root in roots], inside, np.bool_)
     scored = score_criterion(
         options.criterion,
-        pad_rows([score.entropies for score in current], inside),
-        pad_rows([score.logprobs for score in current], inside) - pad_rows(base_logprobs, inside),
+        pad_rows(current.entropies, inside),
+        pad_rows(current.logprobs - base_logprobs, inside),
         mask,
         gamma=gamma_from_half_life(options.half_life),
         clip=options.clip,
@@ -214,7 +214,7 @@ def plan_branches(
         noise_multiple=options.noise_floor_multiple,
         weights=options.weights or (0.5, 0.5),
         after_tool=_after_tool(mask, roots) if options.criterion == "tool_boundary" else None,
-        draws=pad_rows(_uniform_draws(trees, seed), inside) if options.criterion == "random" else None,
+        draws=pad_rows(torch.cat(_uniform_draws(trees, seed)), inside) if options.criterion == "random" else None,
     )
     candidates = branch_candidates(
         mask,
