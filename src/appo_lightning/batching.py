@@ -154,9 +154,9 @@ def pad_trajectories(trajectories: Sequence[Trajectory]) -> PaddedSequences:
 
 def token_mask(lengths: Sequence[int], starts: Sequence[int] | None = None) -> np.ndarray:
     """[B, longest] bool, True on ``lengths`` tokens of each row, from the first or from ``starts`` on."""
-    first = np.array(starts or [0] * len(lengths), dtype=np.int64)[:, None]
-    last = first + np.array(lengths, dtype=np.int64)[:, None]
-    position = np.arange(last.max(initial=1))
+    first = np.array(starts or [0] * len(lengths), dtype=np.int32)[:, None]
+    last = first + np.array(lengths, dtype=np.int32)[:, None]
+    position = np.arange(last.max(initial=1), dtype=np.int32)
     return (position >= first) & (position < last)
 
 

@@ -172,8 +172,9 @@ class AppoModule(PolicyModule):
         with self.scoring():
             scored = self._score_rows(sequences, temperature)
         assert scored.entropies is not None
-        answers = torch.from_numpy(response_mask(trajectories))
-        return TraceScores(scored.logprobs[answers], scored.entropies[answers])
+        answers = response_mask(trajectories)
+        logprobs, entropies = (values.numpy()[answers] for values in (scored.logprobs, scored.entropies))
+        return TraceScores(torch.from_numpy(logprobs), torch.from_numpy(entropies))
 
     def score_previous(self, trajectories: Sequence[Trajectory], *, temperature: float) -> Tensor:
         """Log-probs [n], as of ``score``, by the weights at the beginning of the phase before this one."""
