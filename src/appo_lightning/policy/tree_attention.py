@@ -71,7 +71,7 @@ def plan_row_attention(place: np.ndarray, lengths: Sequence[int], shared: Sequen
     """Decide how each row asks, and which rows ask together.
 
     Args:
-        place: [B, L] where each token of a row is among the computed tokens.
+        place: [B, L] where each token of a row is among the computed tokens: row by row, what each does not share.
         lengths: of each row.
         shared: of each row, its first tokens that another row asks for.
     """
@@ -84,17 +84,17 @@ def plan_row_attention(place: np.ndarray, lengths: Sequence[int], shared: Sequen
         chosen = [row for row in rows if (row in added) == masked]
         for members in _of_similar_length(chosen, lengths, shared if masked else [0] * len(lengths)):
             keys = queries = place[members, : lengths[members[0]]]
-            starts = own_starts[members] if masked else None
-            if starts is not None:
-                asks = sizes[members] - starts
+            number = np.arange(len(members))
+            starts = own_starts[members] if masked else np.zeros_like(number)
+            if masked:
+                asks = (sizes[members] - starts)[:, None]
                 position = np.arange(asks.max())
-                known = keys[np.arange(len(members))[:, None], (starts[:, None] + position).clip(max=keys.shape[1] - 1)]
-                queries = np.where(position < asks[:, None], known, 0)
-            answers[members] = offset + np.arange(len(members)) * queries.shape[1] - (0 if starts is None else starts)
+                inside = (starts[:, None] + position).clip(max=keys.shape[1] - 1)
+                queries = np.where(position < asks, keys[number[:, None], inside], 0)
+            answers[members] = offset + number * queries.shape[1] - starts
             offset += queries.size
-            before = None if starts is None else torch.from_numpy(starts)
+            before = torch.from_numpy(starts) if masked else None
             groups.append(RowGroup(torch.from_numpy(keys), torch.from_numpy(queries), before))
-    # The computed tokens stand row by row.
     own = sizes - own_starts
     source = np.arange(own.sum()) + np.repeat(answers + own_starts - (own.cumsum() - own), own)
     return RowAttention(groups, torch.from_numpy(source))
