@@ -31,7 +31,7 @@ from appo_lightning.algorithm import (
 )
 from appo_lightning.batching import TraceScores, build_batch
 from appo_lightning.policy.tree_packing import pack_tree, plan_packs
-from appo_lightning.rollout.serialise import trajectory_from_dict, trajectory_to_dict
+from appo_lightning.rollout.serialise import trajectories_from_state, trajectories_to_state
 from appo_lightning.rollout.tree import BlankTokens, BranchingOptions, plan_branches
 from appo_lightning.types import Branch, BranchPoint, RolloutTree, Task, ToolCall, Trajectory
 from benchmarking import write_figures
@@ -69,8 +69,8 @@ def work(tokens: int) -> dict[str, Callable[[], Any]]:
         branch.response_ids[:half], branch.sampled[:half] = root.response_ids[:half], [False] * half
         branches.append(Branch(BranchPoint(n, half - 1, 1.0), branch, prefix_length=half))
     trees = [RolloutTree(Task("t", [1] * 32, ()), roots, branches)]
-    scores = [TraceScores(torch.randn(tokens), torch.rand(tokens)) for _ in range(ROOTS + BRANCHES)]
-    bases = [torch.randn(tokens) for _ in range(ROOTS)]
+    of_roots, of_branches = (TraceScores(torch.randn(n * tokens), torch.rand(n * tokens)) for n in (ROOTS, BRANCHES))
+    base = torch.randn(ROOTS * tokens)
 
     entropy, gain = (torch.randn(ROOTS, tokens, generator=generator) for _ in range(2))
     mask = torch.tensor([root.sampled for root in roots])
@@ -81,12 +81,12 @@ def work(tokens: int) -> dict[str, Callable[[], Any]]:
     influence = {"gamma": GAMMA, "clip": 0.2, "high_only": True, "dual_clip": 3.0, "safety_threshold": 6.0}
     clips = {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 3.0}
     is_blank, limits = BlankTokens(Words()), BranchingOptions(ROOTS, ROOTS + BRANCHES)  # type: ignore[arg-type]
-    batch = build_batch(trees, old=scores[:4], current=scores[:4], fallback=[False] * 4, temperature=1.0,
-                        branch_old=scores[4:], branch_current=scores[4:])  # fmt: skip
+    batch = build_batch(trees, old=of_roots, current=of_roots, fallback=[False] * 4, temperature=1.0,
+                        branch_old=of_branches, branch_current=of_branches)  # fmt: skip
     rows = batch.sequences
 
     def plan() -> Any:
-        return plan_branches(trees, scores[:4], bases, limits, noise_floor=0.0, max_response_tokens=2 * tokens,
+        return plan_branches(trees, of_roots, base, limits, noise_floor=0.0, max_response_tokens=2 * tokens,
                              is_blank=is_blank, seed=0)  # fmt: skip
 
     def pack() -> Any:
@@ -105,15 +105,15 @@ def work(tokens: int) -> dict[str, Callable[[], Any]]:
         "clipped loss": lambda: clipped_policy_loss(0.1 * gain, 0.0 * gain, advantage, mask, **clips),
         "rollouts to a batch": lambda: build_batch(
             trees,
-            old=scores[:4],
-            current=scores[:4],
+            old=of_roots,
+            current=of_roots,
             fallback=[False] * 4,
             temperature=1.0,
-            branch_old=scores[4:],
-            branch_current=scores[4:],
+            branch_old=of_branches,
+            branch_current=of_branches,
         ),
         "packing": pack,
-        "to a checkpoint and back": lambda: [trajectory_from_dict(trajectory_to_dict(root)) for root in roots],
+        "to a checkpoint and back": lambda: trajectories_from_state(trajectories_to_state(roots)),
     }
 
 

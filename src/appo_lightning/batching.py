@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,21 @@ from appo_lightning.types import RolloutTree, Trajectory
 
 @dataclass(slots=True)
 class TraceScores:
-    """What the policy thinks of the response tokens of one trajectory. CPU, float32."""
+    """What the policy thinks of the response tokens of some trajectories, one after the other. CPU, float32."""
 
-    logprobs: Tensor  # [T]; 0 where not sampled
-    entropies: Tensor  # [T]; 0 where not sampled
+    logprobs: Tensor  # [n]; 0 where not sampled
+    entropies: Tensor  # [n]; 0 where not sampled
+
+    @classmethod
+    def joined(cls, parts: Sequence[TraceScores]) -> TraceScores:
+        """Those of all parts, in order."""
+        if not parts:
+            return cls(torch.zeros(0), torch.zeros(0))
+        return cls(torch.cat([part.logprobs for part in parts]), torch.cat([part.entropies for part in parts]))
+
+    def split(self, sizes: Sequence[int]) -> list[TraceScores]:
+        """Parts of so many tokens."""
+        return list(map(TraceScores, self.logprobs.split_with_sizes(sizes), self.entropies.split_with_sizes(sizes)))
 
 
 @dataclass(slots=True)
@@ -140,32 +152,48 @@ def pad_trajectories(trajectories: Sequence[Trajectory]) -> PaddedSequences:
     return PaddedSequences(torch.from_numpy(token_ids), torch.from_numpy(lengths), torch.from_numpy(mask))
 
 
-def response_mask(trajectories: Sequence[Trajectory], width: int) -> Tensor:
-    """[B, width] bool, True on the response of each row."""
-    starts = torch.tensor([len(t.prompt_ids) for t in trajectories], dtype=torch.long)[:, None]
-    lengths = torch.tensor([len(t.response_ids) for t in trajectories], dtype=torch.long)[:, None]
-    position = torch.arange(width)
-    return (position >= starts) & (position < starts + lengths)
+def token_mask(lengths: Sequence[int], starts: Sequence[int] | None = None) -> np.ndarray:
+    """[B, longest] bool, True on ``lengths`` tokens of each row, from the first or from ``starts`` on."""
+    first = np.array(starts or [0] * len(lengths), dtype=np.int32)[:, None]
+    last = first + np.array(lengths, dtype=np.int32)[:, None]
+    position = np.arange(last.max(initial=1), dtype=np.int32)
+    return (position >= first) & (position < last)
 
 
-def pad_responses(trajectories: Sequence[Trajectory], values: Sequence[Sequence[float] | Tensor], width: int) -> Tensor:
-    """Values per response token [T] as rows [B, width], 0 on prompts and padding."""
-    out = np.zeros((len(trajectories), width), dtype=np.float32)
-    for row, (trajectory, value) in enumerate(zip(trajectories, values, strict=True)):
-        start = len(trajectory.prompt_ids)
-        out[row, start : start + len(trajectory.response_ids)] = value.numpy() if isinstance(value, Tensor) else value
+def response_mask(trajectories: Sequence[Trajectory]) -> np.ndarray:
+    """[B, L] bool, True on the response of each row."""
+    return token_mask([len(t.response_ids) for t in trajectories], [len(t.prompt_ids) for t in trajectories])
+
+
+def pad_rows(
+    values: Sequence[Sequence[float]] | Tensor, inside: np.ndarray, dtype: type[np.generic] = np.float32
+) -> Tensor:
+    """Values of the tokens of each row where the mask [B, L] is True, 0 elsewhere.
+
+    Args:
+        values: of each row, or [n] of all rows one after the other.
+        inside: [B, L] bool.
+        dtype: of the result.
+    """
+    found, wanted = [len(values)], [int(inside.sum())]
+    if not isinstance(values, Tensor):
+        found, wanted = [len(row) for row in values], inside.sum(axis=1).tolist()
+    if found != wanted:
+        raise ValueError(f"values must be as many as there are tokens, got {found} for {wanted}: give one per token")
+    out = np.zeros(inside.shape, dtype=dtype)
+    out[inside] = values.numpy() if isinstance(values, Tensor) else np.fromiter(chain.from_iterable(values), dtype)
     return torch.from_numpy(out)
 
 
 def build_batch(
     trees: Sequence[RolloutTree],
     *,
-    old: Sequence[TraceScores],
-    current: Sequence[TraceScores],
+    old: TraceScores,
+    current: TraceScores,
     fallback: Sequence[bool],
     temperature: float,
-    branch_old: Sequence[TraceScores] | None = None,
-    branch_current: Sequence[TraceScores] | None = None,
+    branch_old: TraceScores | None = None,
+    branch_current: TraceScores | None = None,
     drop_overlong: bool = False,
     scored: bool = True,
 ) -> ProcedureBatch:
@@ -173,12 +201,12 @@ def build_batch(
 
     Args:
         trees: roots and branches scored by the reward.
-        old: per root, of the weights that sampled it.
-        current: per root, of the weights that chose the branches.
+        old: of the roots, by the weights that sampled them.
+        current: of the roots, by the weights that chose the branches.
         fallback: per root, whether the gain was only noise.
         temperature: that the log-probs are taken at.
-        branch_old: per branch, of the weights that sampled it; given, branches become rows (``train_branches``).
-        branch_current: per branch, of the current weights; given with ``branch_old``.
+        branch_old: of the branches, by the weights that sampled them; given, branches become rows (``train_branches``).
+        branch_current: of the branches, by the current weights; given with ``branch_old``.
         scored: False if ``old`` and ``current`` only hold places, which the training step fills.
         drop_overlong: no token of a response that was cut by its budget is trained on.
     """
@@ -186,12 +214,12 @@ def build_batch(
     branches = [branch for tree in trees for branch in tree.branches]
     extra = [branch.trajectory for branch in branches] if branch_old is not None else []
     rows = roots + extra
-    row_old = [*old, *(branch_old or ())]
-    row_current = [*current, *(branch_current or ())]
+    if branch_old is not None and branch_current is not None:
+        old, current = TraceScores.joined([old, branch_old]), TraceScores.joined([current, branch_current])
     sequences = pad_trajectories(rows)
     if drop_overlong:
         sequences.mask &= ~torch.tensor([row.stop_reason == "length" for row in rows], dtype=torch.bool)[:, None]
-    width = sequences.token_ids.shape[1]
+    answers = response_mask(rows)
 
     first_root, row_of_root = 0, []
     for tree in trees:
@@ -203,10 +231,10 @@ def build_batch(
 
     return ProcedureBatch(
         sequences=sequences,
-        behaviour_logprobs=pad_responses(rows, [row.behaviour_logprobs for row in rows], width),
-        old_logprobs=pad_responses(rows, [s.logprobs for s in row_old], width),
-        current_logprobs=pad_responses(rows, [s.logprobs for s in row_current], width),
-        entropies=pad_responses(rows, [s.entropies for s in row_current], width),
+        behaviour_logprobs=pad_rows([row.behaviour_logprobs for row in rows], answers),
+        old_logprobs=pad_rows(old.logprobs, answers),
+        current_logprobs=pad_rows(current.logprobs, answers),
+        entropies=pad_rows(current.entropies, answers),
         prompt_lengths=torch.tensor([len(row.prompt_ids) for row in rows], dtype=torch.long),
         rewards=torch.tensor([_reward(row) for row in rows], dtype=torch.float32),
         prompt_index=torch.tensor(prompt_index, dtype=torch.long),

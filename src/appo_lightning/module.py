@@ -105,9 +105,10 @@ class LossOptions:
 
 @dataclass(slots=True)
 class _Chunk:
-    """Rows of one forward pass."""
+    """Rows of one forward pass, on the CPU."""
 
     rows: Tensor  # [b] row numbers
+    sequences: PaddedSequences  # of these rows
     lengths: Tensor  # tokens of what is computed and padded to one length: the rows, or a pack of them
     packing: TreePacking | None = None
 
@@ -165,26 +166,25 @@ class AppoModule(PolicyModule):
         """Optimiser steps so far: grows with every change of the weights."""
         return int(self.trainer.global_step)
 
-    def score(self, trajectories: Sequence[Trajectory], *, temperature: float) -> list[TraceScores]:
+    def score(self, trajectories: Sequence[Trajectory], *, temperature: float) -> TraceScores:
         """Log-probs and entropies of the sampled tokens with the current weights, in the order given."""
         sequences = pad_trajectories(trajectories)
         with self.scoring():
             scored = self._score_rows(sequences, temperature)
         assert scored.entropies is not None
-        inside = response_mask(trajectories, sequences.mask.shape[1])
-        lengths = [len(trajectory.response_ids) for trajectory in trajectories]
-        columns = (values[inside].split(lengths) for values in (scored.logprobs, scored.entropies))
-        return [TraceScores(*tensors) for tensors in zip(*columns, strict=True)]
+        answers = response_mask(trajectories)
+        logprobs, entropies = (values.numpy()[answers] for values in (scored.logprobs, scored.entropies))
+        return TraceScores(torch.from_numpy(logprobs), torch.from_numpy(entropies))
 
-    def score_previous(self, trajectories: Sequence[Trajectory], *, temperature: float) -> list[Tensor]:
-        """Log-probs [T] by the weights at the beginning of the phase before this one."""
+    def score_previous(self, trajectories: Sequence[Trajectory], *, temperature: float) -> Tensor:
+        """Log-probs [n], as of ``score``, by the weights at the beginning of the phase before this one."""
         if self._previous is None:
             raise ConfigurationError(
                 "data.branching.gain_baseline = 'previous' needs the weights of an earlier rollout phase, and the "
                 "checkpoint lies inside a phase of a run that kept none; resume with 'behaviour'"
             )
         with self._previous.active():
-            return [scores.logprobs for scores in self.score(trajectories, temperature=temperature)]
+            return self.score(trajectories, temperature=temperature).logprobs
 
     def on_phase_begin(self) -> None:
         """Called when a rollout phase has sampled its roots: its policy becomes the next phase's previous one."""
@@ -206,7 +206,7 @@ class AppoModule(PolicyModule):
         chunks = self._split(sequences, self.score_batch_tokens)
         for index in range(self.global_max(len(chunks))):
             chunk = chunks[index] if index < len(chunks) else None
-            part = (_one_token() if chunk is None else sequences.rows(chunk.rows)).to(self.device)
+            part = (_one_token() if chunk is None else chunk.sequences).to(self.device)
             packing = None if chunk is None or chunk.packing is None else chunk.packing.to(self.device)
             scored = self.policy.score(
                 part.token_ids, part.lengths, mask=part.mask, temperature=temperature, entropy=True, packing=packing
@@ -218,13 +218,15 @@ class AppoModule(PolicyModule):
         return TokenScores(logprobs, entropies)
 
     def _split(self, sequences: PaddedSequences, budget: int) -> list[_Chunk]:
-        """Rows, on the CPU, in chunks of at most ``budget`` tokens."""
+        """Rows on the CPU, in chunks of at most ``budget`` tokens."""
         if not self._shares_prefixes:
-            return [_Chunk(rows, sequences.lengths[rows]) for rows in split_by_tokens(sequences.lengths, budget)]
+            chosen = split_by_tokens(sequences.lengths, budget)
+            return [_Chunk(rows, sequences.rows(rows), sequences.lengths[rows]) for rows in chosen]
         chunks = []
         for pack in plan_packs(sequences.token_ids, sequences.lengths, budget=budget):
             part = sequences.rows(rows := torch.tensor(pack.rows))
-            chunks.append(_Chunk(rows, torch.tensor([pack.length]), pack_tree(part.token_ids, part.lengths, pack)))
+            packing = pack_tree(part.token_ids, part.lengths, pack)
+            chunks.append(_Chunk(rows, part, torch.tensor([pack.length]), packing))
         return chunks
 
     # --- training ----------------------------------------------------------------------------------------------------
@@ -333,10 +335,10 @@ class AppoModule(PolicyModule):
                 reference = self._score_rows(everything, batch.temperature).logprobs
         parts = []
         for chunk in self._split(everything, self.micro_batch_tokens):
-            rows, tokens = chunk.rows, int(everything.lengths[chunk.rows].sum())
+            rows, tokens = chunk.rows, int(chunk.sequences.lengths.sum())
             metrics.add_sum("time/padding_share", *padding_of(chunk.lengths))
             metrics.add_sum("time/shared_token_share", tokens - int(chunk.lengths.sum()), tokens)
-            sequences = batch.sequences.rows(rows.to(batch.mask.device))
+            sequences = chunk.sequences.to(batch.mask.device)
             width = sequences.mask.shape[1]
             parts.append(
                 _MicroBatch(

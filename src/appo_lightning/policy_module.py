@@ -138,13 +138,20 @@ class PolicyModule(L.LightningModule):
     @contextmanager
     def scoring(self) -> Iterator[None]:
         """Evaluation mode, no gradient and the trainer's precision: for forwards outside the training step."""
+        with self.evaluating(), torch.no_grad(), self._precision_context():
+            yield
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Evaluation mode; around several ``scoring``, so that only one of them walks through all modules."""
         was_training = self.training
-        self.eval()
+        if was_training:
+            self.eval()
         try:
-            with torch.no_grad(), self._precision_context():
-                yield
+            yield
         finally:
-            self.train(was_training)
+            if was_training:
+                self.train()
 
     def _precision_context(self) -> AbstractContextManager:
         if self._trainer is None:

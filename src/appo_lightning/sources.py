@@ -39,11 +39,11 @@ class _TrainerPolicy:
         with self._ranks.collective():
             self._data.sync_sampler()
 
-    def score(self, trajectories: Sequence[Trajectory], *, temperature: float) -> list[TraceScores]:
+    def score(self, trajectories: Sequence[Trajectory], *, temperature: float) -> TraceScores:
         with self._ranks.collective():
             return self._data.module.score(trajectories, temperature=temperature)
 
-    def score_previous(self, trajectories: Sequence[Trajectory], *, temperature: float) -> list[Tensor]:
+    def score_previous(self, trajectories: Sequence[Trajectory], *, temperature: float) -> Tensor:
         with self._ranks.collective():
             return self._data.module.score_previous(trajectories, temperature=temperature)
 
@@ -73,7 +73,7 @@ class RolloutSource:
 
     def __iter__(self) -> Iterator[ProcedureBatch]:
         while self.position < len(self):
-            with self._ranks.work():
+            with self._ranks.work(), self._data.module.evaluating():
                 batch = self._draw()
                 self._data.sampler.sleep()
             # Before the yield: checkpoints are taken while this is suspended, and nothing runs after the last one.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -306,8 +307,7 @@ def test_the_previous_policy_is_that_of_the_phase_before(checkpoint) -> None:
             for name, parameter in module.policy.trainable():
                 parameter.copy_(watch.weights[started][name])
         expected = module.score(roots, temperature=1.0)
-        for ours, theirs in zip(scores, expected, strict=True):
-            torch.testing.assert_close(ours, theirs.logprobs, atol=0, rtol=0)
+        torch.testing.assert_close(scores, expected.logprobs, atol=0, rtol=0)
     logger = trainer.logger
     assert isinstance(logger, RecordingLogger)
     fallback = [step["branch/fallback_fraction"] for step in logger.steps.values() if "branch/score" in step]
@@ -323,15 +323,17 @@ def test_scoring_leaves_mode_weights_and_order_alone(checkpoint) -> None:
     module.train()
     before = weights_of(module)
     scores = module.score(roots, temperature=1.0)
-    backwards = module.score(roots[::-1], temperature=1.0)[::-1]
+    lengths = [len(root.response_ids) for root in roots]
+    backwards = module.score(roots[::-1], temperature=1.0).split(lengths[::-1])[::-1]
     assert module.policy.model.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights_of(module).items())
-    for root, score, again in zip(roots, scores, backwards, strict=True):
+    for root, score, again in zip(roots, scores.split(lengths), backwards, strict=True):
         assert score.logprobs.shape == score.entropies.shape == (len(root.response_ids),)
         torch.testing.assert_close(score.logprobs, again.logprobs, atol=1e-6, rtol=0)
         assert not score.logprobs[~torch.tensor(root.sampled)].any()
         assert not score.logprobs.requires_grad
-    assert module.score([], temperature=1.0) == []
+    nothing = module.score([], temperature=1.0)
+    assert nothing.logprobs.shape == nothing.entropies.shape == (0,)
 
 
 def test_the_reference_is_the_policy_at_the_start_also_after_a_restore(checkpoint, tmp_path: Path) -> None:
@@ -415,3 +417,16 @@ def test_rollouts_without_a_value_are_neither_trained_on_nor_counted(checkpoint)
         assert logged["rollout/unscored_share"] == pytest.approx(left_out / (left_out + kept))
         assert logged["val/tasks"] == pytest.approx(5 * (1 - logged["val/unscored_share"]))
     assert any(step["rollout/unscored_share"] > 0 for step in logger.steps.values())
+
+
+def test_evaluation_mode_ends_where_it_began(checkpoint: str) -> None:
+    module = Run(checkpoint).module()
+    module.configure_model()
+    module.train()
+    with suppress(KeyError), module.evaluating():
+        with module.scoring():
+            assert not any(part.training for part in module.modules())
+            assert not torch.is_grad_enabled()
+        assert not module.policy.training  # the outer one goes on
+        raise KeyError
+    assert all(part.training for part in module.modules())

@@ -93,10 +93,11 @@ def dual_group_advantage(
     root = group_advantage(root_reward, root_prompt, normalise_std=normalise_std)
     branch = group_advantage(branch_reward, root_prompt[branch_root], normalise_std=normalise_std).to(root.dtype)
     where = (branch_root, branch_position)
-    nothing = root.new_zeros(num_roots, num_tokens)
+    leaving = root.new_zeros(2, num_roots, num_tokens)
+    for sums, values in zip(leaving, (branch, torch.ones_like(branch)), strict=True):
+        sums.index_put_(where, values, accumulate=True)
     # A token is shared by the branches that leave at it or later: sums over the tokens that follow.
-    total = discounted_suffix_sum(nothing.index_put(where, branch, accumulate=True), 1.0)
-    number = discounted_suffix_sum(nothing.index_put(where, torch.ones_like(branch), accumulate=True), 1.0)
+    total, number = discounted_suffix_sum(leaving, 1.0)
     # Tool tokens were not chosen by the policy: no credit.
     return (root.unsqueeze(1) + total / number.clamp(min=1.0)).masked_fill(~mask, 0.0)
 

@@ -7,7 +7,6 @@ Whatever stands at a masked position, NaN included, has no influence. Half preci
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from appo_lightning.algorithm.checks import require_above, require_gamma, require_mask
@@ -75,7 +74,7 @@ def masked_std(values: Tensor, mask: Tensor) -> Tensor:
     Raises:
         ValueError: the mask is not bool.
     """
-    return masked_mean(_deviations(values, mask).square(), mask, dim=-1).sqrt()
+    return _std(*_deviations(values, mask)).squeeze(-1)
 
 
 def masked_zscore(values: Tensor, mask: Tensor, *, normalise_std: bool = True) -> Tensor:
@@ -95,11 +94,8 @@ def masked_zscore(values: Tensor, mask: Tensor, *, normalise_std: bool = True) -
     Raises:
         ValueError: the mask is not bool.
     """
-    deviations = _deviations(values, mask)
-    if not normalise_std:
-        return deviations
-    std = masked_mean(deviations.square(), mask, dim=-1).sqrt()
-    return deviations / (std.unsqueeze(-1) + STD_EPSILON)
+    deviations, number = _deviations(values, mask)
+    return deviations / (_std(deviations, number) + STD_EPSILON) if normalise_std else deviations
 
 
 def discounted_suffix_sum(values: Tensor, gamma: float) -> Tensor:
@@ -121,20 +117,26 @@ def discounted_suffix_sum(values: Tensor, gamma: float) -> Tensor:
         ConfigurationError: gamma is out of range.
     """
     require_gamma(gamma)
-    total = as_float(values)
+    total = as_float(values).clone()
     window, weight = 1, gamma
     while window < total.shape[-1]:
-        total = total + weight * F.pad(total[..., window:], (0, window))
+        total[..., :-window] += weight * total[..., window:]
         window, weight = 2 * window, weight * weight
     return total
 
 
-def _deviations(values: Tensor, mask: Tensor) -> Tensor:
-    """Distance of each counted value from their mean over the last axis; 0 elsewhere."""
+def _deviations(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Distance of each counted value from their mean over the last axis, 0 elsewhere; and their number [..., 1]."""
     require_mask(mask)
-    values = as_float(values)
-    mean = masked_mean(values, mask, dim=-1).unsqueeze(-1)
-    lowest = values.masked_fill(~mask, torch.inf).amin(-1, keepdim=True)
-    highest = values.masked_fill(~mask, -torch.inf).amax(-1, keepdim=True)
+    values, outside = as_float(values), ~mask
+    number = mask.sum(-1, keepdim=True).clamp_(min=1)
+    mean = values.masked_fill(outside, 0.0).sum(-1, keepdim=True) / number
+    lowest = values.masked_fill(outside, torch.inf).amin(-1, keepdim=True)
+    highest = values.masked_fill(outside, -torch.inf).amax(-1, keepdim=True)
     # The mean of equal floats may be off by one rounding; divided by a tiny std, that would rank equal tokens.
-    return (values - mean).masked_fill(~(mask & (highest > lowest)), 0.0)
+    return (values - mean).masked_fill(outside | ~(highest > lowest), 0.0), number
+
+
+def _std(deviations: Tensor, number: Tensor) -> Tensor:
+    """Population standard deviation [..., 1], from deviations that are 0 where a value does not count."""
+    return (deviations.square().sum(-1, keepdim=True) / number).sqrt()

@@ -71,27 +71,32 @@ def plan_row_attention(place: np.ndarray, lengths: Sequence[int], shared: Sequen
     """Decide how each row asks, and which rows ask together.
 
     Args:
-        place: [B, L] where each token of a row is among the computed tokens.
+        place: [B, L] where each token of a row is among the computed tokens: row by row, what each does not share.
         lengths: of each row.
         shared: of each row, its first tokens that another row asks for.
     """
     rows = [row for row, length in enumerate(lengths) if length > shared[row]]
     added = _rows_that_ask_for_added(rows, lengths, shared)
-    groups, source, offset = [], np.zeros(int(place.max()) + 1, dtype=np.int64), 0
+    sizes, own_starts = np.array(lengths), np.array(shared)
+    groups, offset = [], 0
+    answers = np.zeros_like(sizes)  # of each row, where that of its first token is, or would be
     for masked in (False, True):
         chosen = [row for row in rows if (row in added) == masked]
-        first = [shared[row] if masked else 0 for row in range(len(lengths))]
-        for members in _of_similar_length(chosen, lengths, first):
-            starts, stops, own_starts = (np.array([of[row] for row in members]) for of in (first, lengths, shared))
-            keys = place[members, : stops.max()]
-            position = starts[:, None] + np.arange((stops - starts).max())  # in the row, of each that asks
-            asks = position < stops[:, None]
-            queries = np.where(asks, np.take_along_axis(keys, position.clip(max=stops.max() - 1), axis=1), 0)
-            own = asks & (position >= own_starts[:, None])
-            source[queries[own]] = offset + np.flatnonzero(own)
+        for members in _of_similar_length(chosen, lengths, shared if masked else [0] * len(lengths)):
+            keys = queries = place[members, : lengths[members[0]]]
+            number = np.arange(len(members))
+            starts = own_starts[members] if masked else np.zeros_like(number)
+            if masked:
+                asks = (sizes[members] - starts)[:, None]
+                position = np.arange(asks.max())
+                inside = (starts[:, None] + position).clip(max=keys.shape[1] - 1)
+                queries = np.where(position < asks, keys[number[:, None], inside], 0)
+            answers[members] = offset + number * queries.shape[1] - starts
             offset += queries.size
             before = torch.from_numpy(starts) if masked else None
             groups.append(RowGroup(torch.from_numpy(keys), torch.from_numpy(queries), before))
+    own = sizes - own_starts
+    source = np.arange(own.sum()) + np.repeat(answers + own_starts - (own.cumsum() - own), own)
     return RowAttention(groups, torch.from_numpy(source))
 
 

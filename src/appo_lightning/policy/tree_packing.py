@@ -100,24 +100,25 @@ def pack_tree(token_ids: Tensor, lengths: Tensor, pack: Pack) -> TreePacking:
         lengths: [B] tokens of each row.
         pack: from ``plan_packs``.
     """
-    rows, sizes, stop = token_ids.numpy(), lengths.tolist(), 0
     # NumPy: its small arrays cost a fraction of torch's.
-    ids, positions, previous = (np.zeros(pack.length, dtype=np.int64) for _ in range(3))
+    rows, sizes, shared = token_ids.numpy(), lengths.numpy(), np.array(pack.shared)
+    added = sizes - shared
+    starts = added.cumsum() - added  # where the tokens that a row adds begin in the pack
+    number = np.arange(pack.length)
+    positions = number + np.repeat(shared - starts, added)
+    of_row = np.repeat(np.arange(len(rows)), added)
     place = np.zeros(rows.shape, dtype=np.int64)
-    for row, (size, shared) in enumerate(zip(sizes, pack.shared, strict=True)):
-        start, stop = stop, stop + size - shared
-        if shared:
-            place[row, :shared] = place[row - 1, :shared]
-        place[row, shared:size] = np.arange(start, stop)
-        ids[start:stop] = rows[row, shared:size]
-        positions[start:stop] = np.arange(shared, size)
-        if start < stop:
-            previous[start] = place[row, shared - 1] if shared else 0
-            previous[start + 1 : stop] = np.arange(start, stop - 1)
+    place[of_row, positions] = number
+    for row, common in enumerate(pack.shared):
+        if common:
+            place[row, :common] = place[row - 1, :common]
+    previous = number - 1
+    first = np.where(shared, place[np.arange(len(rows)), shared - 1], 0)
+    previous[starts[added > 0]] = first[added > 0]
     return TreePacking(
-        torch.from_numpy(ids)[None],
+        torch.from_numpy(rows[of_row, positions])[None],
         torch.from_numpy(positions)[None],
         torch.from_numpy(previous),
         torch.from_numpy(place),
-        plan_row_attention(place, sizes, pack.shared),
+        plan_row_attention(place, sizes.tolist(), pack.shared),
     )

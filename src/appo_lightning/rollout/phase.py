@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import chain
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from appo_lightning.batching import TraceScores
 from appo_lightning.errors import DataError
 from appo_lightning.rollout.serialise import (
-    branch_from_dict,
-    branch_to_dict,
-    trajectory_from_dict,
-    trajectory_to_dict,
+    branches_from_state,
+    branches_to_state,
+    trajectories_from_state,
+    trajectories_to_state,
 )
 from appo_lightning.types import Branch, Task, Trajectory
 
+V = TypeVar("V")
 # (round, number of prompts wanted) -> other prompts; fewer where there are no more
 Refill = Callable[[int, int], list[Task]]
 
@@ -40,13 +43,20 @@ class LogprobGap:
         return cls(float(gap.abs().mean()), float(gap.square().mean().sqrt()), float(gap.abs().max()))
 
 
-def logprob_gap(trajectories: Sequence[Trajectory], scores: Sequence[TraceScores]) -> LogprobGap:
+def logprob_gap(trajectories: Sequence[Trajectory], scores: TraceScores) -> LogprobGap:
     """The gap on the sampled tokens of some trajectories, scored by the weights that sampled them."""
-    if not trajectories:
-        return LogprobGap()
-    sampler = torch.tensor([logprob for trajectory in trajectories for logprob in trajectory.behaviour_logprobs])
-    sampled = torch.tensor([own for trajectory in trajectories for own in trajectory.sampled], dtype=torch.bool)
-    return LogprobGap.of((torch.cat([score.logprobs for score in scores]) - sampler)[sampled])
+    sampled = np.fromiter(chain.from_iterable(t.sampled for t in trajectories), np.bool_)
+    return LogprobGap.of((scores.logprobs - behaviour_logprobs(trajectories))[torch.from_numpy(sampled)])
+
+
+def behaviour_logprobs(trajectories: Sequence[Trajectory]) -> Tensor:
+    """[n] log-probs by the sampler of the response tokens of some trajectories, one after the other."""
+    return torch.from_numpy(np.fromiter(chain.from_iterable(t.behaviour_logprobs for t in trajectories), np.float32))
+
+
+def tokens_of(groups: Sequence[Sequence[Trajectory]]) -> list[int]:
+    """Response tokens of each group."""
+    return [sum(len(trajectory.response_ids) for trajectory in group) for group in groups]
 
 
 @dataclass(slots=True)
@@ -56,7 +66,7 @@ class Branches:
     sampled: list[list[Branch]]  # per task; those without a value are left out
     unscored: list[int]  # per task, branches left out
     fallback: list[list[bool]]  # per task, per root: the gain was only noise, entropy alone chose
-    old: list[list[TraceScores]] | None  # per task, per branch, of the weights that sampled it; with train_branches
+    old: list[TraceScores] | None  # per task, of its branches, by the weights that sampled them; with train_branches
 
     def of(self, rows: Sequence[int]) -> Branches:
         """Those of some of the prompts."""
@@ -68,7 +78,8 @@ class Branches:
     def state_dict(self) -> dict[str, Any]:
         """Plain containers and tensors: what ``weights_only`` loading accepts."""
         return {
-            "sampled": [[branch_to_dict(branch) for branch in group] for group in self.sampled],
+            "counts": [len(group) for group in self.sampled],
+            "sampled": branches_to_state([branch for group in self.sampled for branch in group]),
             "unscored": self.unscored,
             "fallback": self.fallback,
             "old": None if self.old is None else _scores_to_state(self.old),
@@ -78,30 +89,28 @@ class Branches:
     def from_state_dict(cls, state: dict[str, Any]) -> Branches:
         """What ``state_dict`` described."""
         return cls(
-            sampled=[[branch_from_dict(branch) for branch in group] for group in state["sampled"]],
+            sampled=_groups(branches_from_state(state["sampled"]), state["counts"]),
             unscored=list(state["unscored"]),
             fallback=[list(group) for group in state["fallback"]],
             old=None if state["old"] is None else _scores_from_state(state["old"]),
         )
 
 
-def _scores_to_state(scores: Sequence[Sequence[TraceScores]]) -> dict[str, Any]:
-    # Two tensors, however many rows: each one takes a checkpoint as long as hundreds of numbers.
-    return {
-        "lengths": [[len(score.logprobs) for score in group] for group in scores],
-        "logprobs": _joined([score.logprobs for group in scores for score in group]),
-        "entropies": _joined([score.entropies for group in scores for score in group]),
-    }
+def _scores_to_state(scores: Sequence[TraceScores]) -> dict[str, Any]:
+    # Two tensors, however many tasks: each one takes a checkpoint as long as hundreds of numbers in a list.
+    whole = TraceScores.joined(scores)
+    tokens = [len(part.logprobs) for part in scores]
+    return {"tokens": tokens, "logprobs": whole.logprobs, "entropies": whole.entropies}
 
 
-def _scores_from_state(state: dict[str, Any]) -> list[list[TraceScores]]:
-    lengths = [length for group in state["lengths"] for length in group]
-    scores = map(TraceScores, state["logprobs"].split(lengths), state["entropies"].split(lengths))
-    return [[next(scores) for _ in group] for group in state["lengths"]]
+def _scores_from_state(state: dict[str, Any]) -> list[TraceScores]:
+    return TraceScores(state["logprobs"], state["entropies"]).split(state["tokens"])
 
 
-def _joined(rows: Sequence[Tensor]) -> Tensor:
-    return torch.cat([*rows, torch.zeros(0)])
+def _groups(values: Sequence[V], counts: Sequence[int]) -> list[list[V]]:
+    """The values cut into groups of some sizes."""
+    rest = iter(values)
+    return [[next(rest) for _ in range(count)] for count in counts]
 
 
 @dataclass(slots=True)
@@ -112,7 +121,7 @@ class Phase:
     policy_version: int
     tasks: list[Task]
     roots: list[list[Trajectory]]  # per task
-    old: list[list[TraceScores]]  # per task, per root
+    old: list[TraceScores]  # per task, of its roots
     gap: LogprobGap | None  # None: not measured before the update, which scores the roots
     refills: list[int] = field(default_factory=list)  # prompts replaced, by round
     unscored: list[int] = field(default_factory=list)  # per task, roots that could not be scored and are left out
@@ -124,7 +133,8 @@ class Phase:
             "index": self.index,
             "policy_version": self.policy_version,
             "task_ids": [task.id for task in self.tasks],
-            "roots": [[trajectory_to_dict(root) for root in group] for group in self.roots],
+            "counts": [len(group) for group in self.roots],
+            "roots": trajectories_to_state([root for group in self.roots for root in group]),
             "old": _scores_to_state(self.old),
             "gap": None if self.gap is None else (self.gap.mean, self.gap.rms, self.gap.maximum),
             "refills": self.refills,
@@ -161,7 +171,7 @@ class Phase:
             tasks=[known[task_id] for task_id in task_ids],
             refills=refills,
             unscored=list(state["unscored"]),
-            roots=[[trajectory_from_dict(root) for root in group] for group in state["roots"]],
+            roots=_groups(trajectories_from_state(state["roots"]), state["counts"]),
             old=_scores_from_state(state["old"]),
             gap=None if state["gap"] is None else LogprobGap(*state["gap"]),
             branches=None if state.get("branches") is None else Branches.from_state_dict(state["branches"]),

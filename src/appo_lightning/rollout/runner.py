@@ -19,7 +19,7 @@ from appo_lightning.rewards.base import Reward
 from appo_lightning.rollout.episode import Prefix
 from appo_lightning.rollout.limits import RolloutLimits
 from appo_lightning.rollout.loop import RolloutLoop
-from appo_lightning.rollout.phase import Branches, Phase, Refill, logprob_gap
+from appo_lightning.rollout.phase import Branches, Phase, Refill, behaviour_logprobs, logprob_gap, tokens_of
 from appo_lightning.rollout.seeds import derive_seed
 from appo_lightning.rollout.tree import (
     BlankTokens,
@@ -44,11 +44,11 @@ class PhasePolicy(Protocol):
     def sync_sampler(self) -> None:
         """Give the sampler the current weights, if it has others."""
 
-    def score(self, trajectories: Sequence[Trajectory], *, temperature: float) -> list[TraceScores]:
+    def score(self, trajectories: Sequence[Trajectory], *, temperature: float) -> TraceScores:
         """Score sampled tokens with the current weights."""
 
-    def score_previous(self, trajectories: Sequence[Trajectory], *, temperature: float) -> list[Tensor]:
-        """Log-probs [T] by the weights of the previous rollout phase."""
+    def score_previous(self, trajectories: Sequence[Trajectory], *, temperature: float) -> Tensor:
+        """Log-probs [n], as of ``score``, by the weights of the previous rollout phase."""
 
 
 @dataclass(slots=True)
@@ -112,9 +112,8 @@ class PhaseRunner:
             for i, task, group in zip(equal, others, self._sample_roots(index, others), strict=False):
                 tasks[i], roots[i] = task, group
         flat = [root for group in roots for root in group]
-        scores = [_not_yet(root) for root in flat] if self.update_scores else self._score(flat)
-        remaining = iter(scores)
-        old = [[next(remaining) for _ in group] for group in roots]
+        scores = _not_yet(flat) if self.update_scores else self._score(flat)
+        old = scores.split(tokens_of(roots))
         unscored = [self.options.num_roots - len(group) for group in roots]
         gap = None if self.update_scores else logprob_gap(flat, scores)
         return Phase(index, self.policy.version, tasks, roots, old, gap, refills, unscored)
@@ -134,9 +133,8 @@ class PhaseRunner:
 
     def branch(self, phase: Phase) -> None:
         """Branch all prompts of a phase at once, with the weights that sampled its roots (``sampled_per``)."""
-        old = [scores for group in phase.old for scores in group]
         seed = derive_seed(self.seed, phase.index, "branches")
-        phase.branches = self._branch(phase, range(len(phase.tasks)), old, seed)
+        phase.branches = self._branch(phase, range(len(phase.tasks)), TraceScores.joined(phase.old), seed)
 
     def mini_batch(self, phase: Phase, rows: range, *, visit: int) -> ProcedureBatch:
         """Some prompts of a phase with their branches: those that the phase has, or new ones by the current policy.
@@ -152,7 +150,7 @@ class PhaseRunner:
                 f"none of the {self.options.num_roots * len(rows)} rollouts of a mini-batch could be scored: "
                 f"{type(self.reward).__name__} gave no value; see that what it needs answers, then resume"
             )
-        old = [scores for i in rows for scores in phase.old[i]]
+        old = TraceScores.joined([phase.old[i] for i in rows])
         moved = self.policy.version != phase.policy_version
         # Without a move the current policy is the old one: nothing to compute.
         current = self._score(roots) if moved else old
@@ -162,7 +160,7 @@ class PhaseRunner:
             branches = phase.branches.of(rows)
         branch_old = branch_current = None
         if branches.old is not None:
-            branch_old = branch_current = [scores for group in branches.old for scores in group]
+            branch_old = branch_current = TraceScores.joined(branches.old)
             if phase.branches is not None and moved:
                 branch_current = self._score([branch.trajectory for group in branches.sampled for branch in group])
         trees = [
@@ -181,13 +179,13 @@ class PhaseRunner:
             scored=not self.update_scores,
         )
 
-    def _branch(self, phase: Phase, rows: Sequence[int], current: Sequence[TraceScores], seed: int) -> Branches:
+    def _branch(self, phase: Phase, rows: Sequence[int], current: TraceScores, seed: int) -> Branches:
         """Choose places in the roots of some prompts and sample from there.
 
         Args:
             phase: roots.
             rows: tasks.
-            current: per root of these tasks, scores by the policy that samples now.
+            current: of the roots of these tasks, by the policy that samples now.
             seed: of the places and the samples.
         """
         trees = [RolloutTree(phase.tasks[i], phase.roots[i]) for i in rows]
@@ -195,7 +193,7 @@ class PhaseRunner:
         if not self.options.num_branches:
             nothing: list[list[Any]] = [[] for _ in rows]
             return Branches(nothing, [0] * len(trees), [[False] * len(tree.roots) for tree in trees], None)
-        base = [scores.logprobs for i in rows for scores in phase.old[i]]
+        base = TraceScores.joined([phase.old[i] for i in rows]).logprobs
         if self.options.gain_baseline == "previous":
             started = time.monotonic()
             base = self.policy.score_previous(roots, temperature=self.limits.temperature)
@@ -215,8 +213,8 @@ class PhaseRunner:
         sampled = [tree.branches for tree in trees]
         old = None
         if self.train_branches:
-            scores = iter(self._score([branch.trajectory for group in sampled for branch in group]))
-            old = [[next(scores) for _ in group] for group in sampled]
+            continued = [[branch.trajectory for branch in group] for group in sampled]
+            old = self._score([trajectory for group in continued for trajectory in group]).split(tokens_of(continued))
         flags = iter(plan.fallback)
         return Branches(sampled, unscored, [[next(flags) for _ in tree.roots] for tree in trees], old)
 
@@ -251,7 +249,7 @@ class PhaseRunner:
             progress=None if report is None else lambda done, total: report(stage, done, total),
         )
 
-    def _score(self, trajectories: list[Trajectory]) -> list[TraceScores]:
+    def _score(self, trajectories: list[Trajectory]) -> TraceScores:
         started = time.monotonic()
         scores = self.policy.score(trajectories, temperature=self.limits.temperature)
         self.times.score += time.monotonic() - started
@@ -265,6 +263,7 @@ class PhaseRunner:
         self.times.reward += time.monotonic() - started
 
 
-def _not_yet(trajectory: Trajectory) -> TraceScores:
+def _not_yet(trajectories: Sequence[Trajectory]) -> TraceScores:
     """Holds the place of scores that the update gives: those of the sampler, so that nothing has moved."""
-    return TraceScores(torch.tensor(trajectory.behaviour_logprobs), torch.zeros(len(trajectory.response_ids)))
+    logprobs = behaviour_logprobs(trajectories)
+    return TraceScores(logprobs, torch.zeros_like(logprobs))

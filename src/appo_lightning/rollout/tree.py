@@ -21,7 +21,7 @@ from appo_lightning.algorithm import (
     share_branches,
     tool_boundary_mask,
 )
-from appo_lightning.batching import TraceScores
+from appo_lightning.batching import TraceScores, pad_rows, token_mask
 from appo_lightning.errors import ConfigurationError
 from appo_lightning.rewards.base import Reward
 from appo_lightning.rollout.episode import Prefix
@@ -160,23 +160,25 @@ class BlankTokens:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        self._blank: dict[int, bool] = {}
+        self._blank = torch.zeros(0, dtype=torch.int8)  # by token id: 1 blank, 0 not, -1 never looked up
 
     def __call__(self, token_ids: Tensor) -> Tensor:
         """Bool tensor of the shape of ``token_ids``."""
-        unique, inverse = token_ids.unique(return_inverse=True)
-        flags = []
-        for token in unique.tolist():
-            if token not in self._blank:
+        missing = int(token_ids.max()) + 1 - len(self._blank)
+        if missing > 0:
+            self._blank = torch.nn.functional.pad(self._blank, (0, missing), value=-1)
+        found = self._blank[token_ids]
+        if bool((found < 0).any()):
+            for token in token_ids[found < 0].unique().tolist():
                 self._blank[token] = not decode_tokens(self._tokenizer, [token], skip_special=True).strip()
-            flags.append(self._blank[token])
-        return torch.tensor(flags, dtype=torch.bool)[inverse]
+            found = self._blank[token_ids]
+        return found.bool()
 
 
 def plan_branches(
     trees: Sequence[RolloutTree],
-    current: Sequence[TraceScores],
-    base_logprobs: Sequence[Tensor],
+    current: TraceScores,
+    base_logprobs: Tensor,
     options: BranchingOptions,
     *,
     noise_floor: float,
@@ -188,8 +190,8 @@ def plan_branches(
 
     Args:
         trees: with their roots.
-        current: per root of all trees, log-probs and entropies of the current policy.
-        base_logprobs: per root, [T] of the policy that the gain is measured against.
+        current: of the roots of all trees, by the current policy.
+        base_logprobs: [n] of the same tokens by the policy that the gain is measured against.
         options: criterion and counts.
         noise_floor: measured numerical difference between sampler and trainer, nats per token.
         max_response_tokens: response budget.
@@ -199,11 +201,12 @@ def plan_branches(
     roots = [root for tree in trees for root in tree.roots]
     if options.num_branches == 0 or not roots:
         return BranchPlan([[] for _ in trees], [False] * len(roots))
-    mask = _pad_numbers([root.sampled for root in roots], np.bool_)
+    inside = token_mask([len(root.response_ids) for root in roots])
+    mask = pad_rows([root.sampled for root in roots], inside, np.bool_)
     scored = score_criterion(
         options.criterion,
-        _pad([score.entropies for score in current]),
-        _pad([score.logprobs for score in current]) - _pad(base_logprobs),
+        pad_rows(current.entropies, inside),
+        pad_rows(current.logprobs - base_logprobs, inside),
         mask,
         gamma=gamma_from_half_life(options.half_life),
         clip=options.clip,
@@ -211,11 +214,11 @@ def plan_branches(
         noise_multiple=options.noise_floor_multiple,
         weights=options.weights or (0.5, 0.5),
         after_tool=_after_tool(mask, roots) if options.criterion == "tool_boundary" else None,
-        draws=_pad(_uniform_draws(trees, seed)) if options.criterion == "random" else None,
+        draws=pad_rows(torch.cat(_uniform_draws(trees, seed)), inside) if options.criterion == "random" else None,
     )
     candidates = branch_candidates(
         mask,
-        is_blank(_pad_numbers([root.response_ids for root in roots], np.int64)),
+        is_blank(pad_rows([root.response_ids for root in roots], inside, np.int64)),
         max_response_tokens=max_response_tokens,
         min_remaining=options.min_remaining,
     )
@@ -259,19 +262,6 @@ def _uniform_draws(trees: Sequence[RolloutTree], seed: int) -> list[Tensor]:
         for tree in trees
         for n, root in enumerate(tree.roots)
     ]
-
-
-def _pad(rows: Sequence[Tensor]) -> Tensor:
-    """[B, T] of values per response token, 0 or False behind the end."""
-    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
-
-
-def _pad_numbers(rows: Sequence[Sequence[int]], dtype: type[np.generic]) -> Tensor:
-    """The same of lists."""
-    out = np.zeros((len(rows), max(map(len, rows))), dtype=dtype)
-    for padded, row in zip(out, rows, strict=True):
-        padded[: len(row)] = row
-    return torch.from_numpy(out)
 
 
 def branch_prefixes(tree: RolloutTree, points: Sequence[BranchPoint], *, keep_token: bool, seed: int) -> list[Prefix]:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 import torch
 
-from appo_lightning.batching import ProcedureBatch, TraceScores, build_batch, pad_responses, pad_trajectories
+from appo_lightning.batching import ProcedureBatch, TraceScores, build_batch, pad_rows, pad_trajectories, token_mask
 from appo_lightning.types import Branch, BranchPoint, RolloutTree, Trajectory
 from helpers.scripted import make_task, rolled_out
 
 
-def scores_of(trajectory: Trajectory, *, shift: float = 0.0) -> TraceScores:
-    mask = torch.tensor(trajectory.sampled)
-    logprobs = (torch.tensor(trajectory.behaviour_logprobs) + shift) * mask
-    return TraceScores(logprobs, torch.arange(1.0, len(mask) + 1) * mask)
+def scores_of(trajectories: list[Trajectory], *, shift: float = 0.0) -> TraceScores:
+    parts = []
+    for trajectory in trajectories:
+        mask = torch.tensor(trajectory.sampled)
+        logprobs = (torch.tensor(trajectory.behaviour_logprobs) + shift) * mask
+        parts.append(TraceScores(logprobs, torch.arange(1.0, len(mask) + 1) * mask))
+    return TraceScores.joined(parts)
 
 
 def branch(root: int, position: int, text: str, reward: float, *, prompt: str, prefix: int | None = None) -> Branch:
@@ -51,12 +55,12 @@ def make_batch(trees: list[RolloutTree], *, train_branches: bool = False, shift:
     branches = [branch.trajectory for tree in trees for branch in tree.branches]
     return build_batch(
         trees,
-        old=[scores_of(root) for root in roots],
-        current=[scores_of(root, shift=shift) for root in roots],
+        old=scores_of(roots),
+        current=scores_of(roots, shift=shift),
         fallback=[index % 2 == 0 for index in range(len(roots))],
         temperature=0.7,
-        branch_old=[scores_of(trajectory) for trajectory in branches] if train_branches else None,
-        branch_current=[scores_of(trajectory) for trajectory in branches] if train_branches else None,
+        branch_old=scores_of(branches) if train_branches else None,
+        branch_current=scores_of(branches) if train_branches else None,
     )
 
 
@@ -136,9 +140,20 @@ def test_a_trajectory_without_reward_is_our_mistake():
 
 
 def test_values_that_do_not_fit_their_response_are_refused():
-    trajectory = rolled_out("ABC")
-    with pytest.raises(ValueError, match="could not broadcast"):
-        pad_responses([trajectory], [[0.0] * (len(trajectory.response_ids) + 1)], 20)
+    # In all there are five values for five tokens.
+    with pytest.raises(ValueError, match=r"got \[3, 2\] for \[2, 3\]: give one per token"):
+        pad_rows([[0.5] * 3, [0.5] * 2], token_mask([2, 3]))
+    with pytest.raises(ValueError, match=r"got \[4\] for \[5\]"):
+        pad_rows(torch.ones(4), token_mask([2, 3]))
+
+
+def test_values_stand_where_their_response_does():
+    inside = token_mask([2, 3], starts=[2, 0])
+    assert inside.tolist() == [[False, False, True, True], [True, True, True, False]]
+    padded = [[0, 0, 1, 2], [3, 4, 5, 0]]
+    assert pad_rows([[1, 2], [3, 4, 5]], inside, np.int64).tolist() == padded
+    assert pad_rows(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]), inside).tolist() == padded
+    assert pad_rows([], token_mask([])).shape == (0, 1)
 
 
 def test_some_rows_have_the_padding_that_they_need():

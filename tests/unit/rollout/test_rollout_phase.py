@@ -49,13 +49,15 @@ class FakePolicy:
     def sync_sampler(self) -> None:
         self.synced_at.append(self.version)
 
-    def score(self, trajectories: Sequence[Trajectory], *, temperature: float) -> list[TraceScores]:
+    def score(self, trajectories: Sequence[Trajectory], *, temperature: float) -> TraceScores:
         assert temperature == 1.0
         self.scored.append((self.version, len(trajectories)))
-        return [TraceScores(self._logprobs(t, self.version), self._entropies(t)) for t in trajectories]
+        return TraceScores.joined(
+            [TraceScores(self._logprobs(t, self.version), self._entropies(t)) for t in trajectories]
+        )
 
-    def score_previous(self, trajectories: Sequence[Trajectory], *, temperature: float) -> list[Tensor]:
-        return [self._logprobs(t, self.version - 1) for t in trajectories]
+    def score_previous(self, trajectories: Sequence[Trajectory], *, temperature: float) -> Tensor:
+        return torch.cat([self._logprobs(t, self.version - 1) for t in trajectories])
 
     def _logprobs(self, trajectory: Trajectory, version: int) -> Tensor:
         values = [
@@ -110,13 +112,14 @@ def test_a_phase_begins_with_a_sync_and_scored_roots_of_every_task():
     phase = make_runner(policy).begin(4, tasks())
     assert policy.synced_at == [0]
     assert policy.scored == [(0, 6)]
-    assert [len(group) for group in phase.roots] == [len(group) for group in phase.old] == [2, 2, 2]
+    assert [len(group) for group in phase.roots] == [2, 2, 2]
     assert len({tuple(ids) for group in phase.roots for ids in tokens(group)}) == 6
     for group, scores in zip(phase.roots, phase.old, strict=True):
-        for root, score in zip(group, scores, strict=True):
+        for root in group:
             assert root.prompt_ids[:1] == phase.tasks[0].prompt_ids[:1]
             assert root.reward == len(root.response_text)
-            assert score.logprobs.tolist() == pytest.approx(root.behaviour_logprobs)
+        sampler = [logprob for root in group for logprob in root.behaviour_logprobs]
+        assert scores.logprobs.tolist() == pytest.approx(sampler)
 
 
 def test_the_gap_between_sampler_and_trainer_is_measured_on_sampled_tokens():
@@ -268,7 +271,7 @@ def test_prompts_whose_roots_all_earn_the_same_are_replaced_until_the_rounds_are
     assert [len(set(rewards_of(group))) for group in phase.roots] == [2, 2, 1]
     for task, group, scores in zip(phase.tasks, phase.roots, phase.old, strict=True):
         assert all(root.prompt_ids == task.prompt_ids for root in group)
-        assert [len(score.logprobs) for score in scores] == [len(root.response_ids) for root in group]
+        assert len(scores.logprobs) == sum(len(root.response_ids) for root in group)
     # A prompt that came in late is sampled as if it had been there from the start.
     alone = make_runner(FakePolicy()).begin(3, [make_task("a")])
     assert tokens(alone.roots[0]) == tokens(phase.roots[0])
@@ -394,9 +397,9 @@ def test_a_rollout_without_a_value_leaves_its_group_and_nothing_else():
         tokens(whole.roots[2]),
     ]
     assert policy.scored == [(0, 5)]  # what is not trained on is not scored by the policy either
-    for group, scores in zip(phase.roots, phase.old, strict=True):
-        for root, score in zip(group, scores, strict=True):
-            assert len(score.logprobs) == len(root.response_ids)
+    assert [len(scores.logprobs) for scores in phase.old] == [
+        sum(len(root.response_ids) for root in group) for group in phase.roots
+    ]
     batch = runner.mini_batch(phase, range(3), visit=0)
     assert batch.prompt_index.tolist() == [0, 0, 1, 2, 2]
     assert [tree.unscored for tree in batch.trees] == [0, 1, 0]

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import json
+import pickle
 
 import pytest
+import torch
 
 from appo_lightning.errors import ConfigurationError, DataError
 from appo_lightning.reports.text import render_tree
 from appo_lightning.rollout.prompts import build_task
 from appo_lightning.rollout.seeds import derive_seed
-from appo_lightning.rollout.serialise import trajectory_from_dict, trajectory_to_dict, tree_to_dict
-from appo_lightning.types import Branch, BranchPoint, RolloutTree, TaskRow, ToolCall
+from appo_lightning.rollout.serialise import (
+    branches_from_state,
+    branches_to_state,
+    trajectories_from_state,
+    trajectories_to_state,
+    tree_to_dict,
+)
+from appo_lightning.types import Branch, BranchPoint, RolloutTree, TaskRow, ToolCall, Trajectory
 from helpers.scripted import ids_of, make_task, rolled_out, scripted_tokenizer, text_of
 from helpers.tiny import build_tokenizer
 
@@ -78,12 +87,35 @@ def test_a_tokenizer_without_a_chat_template_is_refused():
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_trajectory_comes_back_from_plain_containers():
-    trajectory = make_tree().branches[0].trajectory
-    trajectory.reward_parts = {"f1": 0.5}
-    state = trajectory_to_dict(trajectory)
-    assert trajectory_from_dict(state) == trajectory
-    assert trajectory_from_dict(json.loads(json.dumps(state))) == trajectory
+def test_trajectories_and_branches_come_back_from_a_checkpoint(tmp_path):
+    tree = make_tree()
+    (branch,) = tree.branches
+    branch.trajectory.reward_parts = {"f1": 0.5}
+    branch.trajectory.behaviour_logprobs[0] = -1 / 3  # more digits than half of a float64 holds
+    short = Trajectory([1], [], [], [], [], "length", 0)
+    roots = [tree.roots[0], short, tree.roots[1]]
+    torch.save([trajectories_to_state(roots), branches_to_state(tree.branches)], tmp_path / "state")
+    of_roots, of_branches = torch.load(tmp_path / "state", weights_only=True)
+    assert trajectories_from_state(of_roots) == roots
+    assert branches_from_state(of_branches) == [branch]
+    assert {type(value) for value in trajectories_from_state(of_roots)[0].sampled} == {bool}
+    assert trajectories_from_state(trajectories_to_state([])) == []
+
+
+def test_a_checkpoint_holds_as_many_objects_for_many_trajectories_as_for_one():
+    # torch.save asks a Python function about every object that it meets.
+    def objects(count: int) -> int:
+        trajectory = Trajectory([1] * 9, [2] * 50, [True] * 50, [-1.0] * 50, [CALL], "eos", 0)
+        asked: list[object] = []
+
+        class Counting(pickle.Pickler):
+            def persistent_id(self, value: object) -> None:
+                asked.append(value)
+
+        Counting(io.BytesIO()).dump(trajectories_to_state([trajectory] * count))
+        return len(asked)
+
+    assert objects(20) == objects(1)
 
 
 def test_a_tree_is_one_line_of_json_with_prompts_once():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import chain
 
 import pytest
 import torch
@@ -41,8 +42,8 @@ def plan(
 ) -> BranchPlan:
     return plan_branches(
         [RolloutTree(make_task(f"t{i}"), roots) for i, roots in enumerate(groups)],
-        [TraceScores(torch.tensor(g) - 1.0, torch.tensor(h)) for g, h in zip(gains, entropies, strict=True)],
-        [torch.full((len(gain),), -1.0) for gain in gains],
+        TraceScores(torch.tensor([*chain(*gains)]) - 1.0, torch.tensor([*chain(*entropies)])),
+        torch.full_like(torch.tensor([*chain(*gains)]), -1.0),
         BranchingOptions(**{"min_remaining": 1, "half_life": NEXT_TOKEN_ONLY, **options}),  # type: ignore[arg-type]
         noise_floor=noise_floor,
         max_response_tokens=max_response_tokens,
@@ -172,15 +173,11 @@ def test_random_branches_are_a_function_of_the_seed():
 def test_random_branches_of_a_task_do_not_depend_on_what_else_is_in_the_mini_batch():
     def draw(*tasks: str) -> dict[str, list[tuple[int, int]]]:
         trees = [RolloutTree(make_task(task), [root_of("ABCDEFGHIJKL"), root_of("ABCDEFG" + task)]) for task in tasks]
-        scores = [
-            TraceScores(torch.zeros(len(r.response_ids)), torch.ones(len(r.response_ids)))
-            for t in trees
-            for r in t.roots
-        ]
+        tokens = sum(len(root.response_ids) for tree in trees for root in tree.roots)
         made = plan_branches(
             trees,
-            scores,
-            [score.logprobs for score in scores],
+            TraceScores(torch.zeros(tokens), torch.ones(tokens)),
+            torch.zeros(tokens),
             BranchingOptions(num_roots=2, num_rollouts=8, criterion="random", min_remaining=1),
             noise_floor=0.0,
             max_response_tokens=1000,
