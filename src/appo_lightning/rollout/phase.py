@@ -152,8 +152,13 @@ class Phase:
             refill: as in ``PhaseRunner.begin``.
 
         Raises:
-            DataError: the tasks are others than those of the checkpoint.
+            DataError: the tasks are others than those of the checkpoint, or an earlier version of the package made it.
         """
+        if "counts" not in state:
+            raise DataError(
+                "the checkpoint was made in the middle of a rollout phase by an earlier version, which wrote rollouts in "
+                "another form; resume with that version, or from a checkpoint between two phases"
+            )
         refills = list(state["refills"])
         known = {task.id: task for task in tasks}
         if refill is not None:

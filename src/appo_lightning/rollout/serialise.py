@@ -37,7 +37,7 @@ def trajectories_to_state(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
         lists = [row.pop(name) for row in rows]
         values = torch.from_numpy(np.fromiter(chain.from_iterable(lists), dtype))
         state[name] = {"lengths": torch.tensor([len(numbers) for numbers in lists]), "values": values}
-    return {"rows": json.dumps(rows), **state}
+    return {"rows": json.dumps(rows, default=float), **state}  # parts of a reward may be numbers of NumPy
 
 
 def trajectories_from_state(state: dict[str, Any]) -> list[Trajectory]:

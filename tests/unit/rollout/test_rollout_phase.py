@@ -233,6 +233,13 @@ def test_a_phase_over_other_tasks_is_refused():
         Phase.from_state_dict(phase.state_dict(), tasks()[::-1])
 
 
+def test_a_phase_in_the_form_of_an_earlier_version_is_refused():
+    state = make_runner(FakePolicy()).begin(7, tasks()).state_dict()
+    del state["counts"]
+    with pytest.raises(DataError, match=r"by an earlier version.*resume with that version"):
+        Phase.from_state_dict(state, tasks())
+
+
 def test_seconds_are_accounted_by_what_they_went_to():
     runner = make_runner(FakePolicy())
     runner.mini_batch(runner.begin(0, tasks()), range(3), visit=0)

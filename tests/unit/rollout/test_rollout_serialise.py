@@ -6,6 +6,7 @@ import io
 import json
 import pickle
 
+import numpy as np
 import pytest
 import torch
 
@@ -100,6 +101,12 @@ def test_trajectories_and_branches_come_back_from_a_checkpoint(tmp_path):
     assert branches_from_state(of_branches) == [branch]
     assert {type(value) for value in trajectories_from_state(of_roots)[0].sampled} == {bool}
     assert trajectories_from_state(trajectories_to_state([])) == []
+
+
+def test_parts_of_a_reward_may_be_numbers_of_numpy():
+    trajectory = rolled_out("7", reward=1.0)
+    trajectory.reward_parts = {"judge": np.float32(0.5), "steps": np.int64(3)}
+    assert trajectories_from_state(trajectories_to_state([trajectory])) == [trajectory]
 
 
 def test_a_checkpoint_holds_as_many_objects_for_many_trajectories_as_for_one():
