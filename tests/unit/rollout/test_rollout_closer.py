@@ -24,11 +24,11 @@ def test_closing_never_happens_in_the_thread_that_submits():
 
 def test_a_close_that_raises_is_told_once_and_the_next_one_still_happens():
     closer, closed = Closer(), []
-    closer.submit(lambda: 1 / 0)
-    closer.submit(lambda: closed.append("second"))
+    closer.submit(lambda: 1 / 0, lambda: closed.append("second"))
+    closer.submit(lambda: closed.append("third"))
     with pytest.raises(ZeroDivisionError):
         closer.wait()
-    assert closed == ["second"]
+    assert closed == ["second", "third"]
     closer.wait()
 
 
