@@ -7,7 +7,7 @@ The tool loop does this several times per turn, between two steps of the engine.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +59,56 @@ def decode_tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, ski
     text = tokenizer.decode(list(ids), skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
     assert isinstance(text, str)
     return text
+
+
+class Decoder:
+    """``decode_tokens`` for one tokenizer, remembering the texts of its tokens.
+
+    A byte-level decoder (that of GPT-2, Llama 3, Qwen) joins the bytes of tokens and does nothing else; tokens that
+    hold whole characters can then be joined as text, at a third of the cost. Where one holds a part of a character, or
+    the decoder is of another kind, the tokenizer decodes.
+
+    Args:
+        tokenizer: the policy's.
+        skip_special: leave special tokens out.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, skip_special: bool = False) -> None:
+        self._tokenizer, self._skip_special = tokenizer, skip_special
+        self._texts = _TokenTexts(self._decode) if _joins_bytes(tokenizer) else None
+
+    def __call__(self, ids: Sequence[int]) -> str:
+        """Text of token ids."""
+        if self._texts is None:
+            return self._decode(ids)
+        text = "".join(map(self._texts.__getitem__, ids))
+        return self._decode(ids) if "\ufffd" in text else text
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return decode_tokens(self._tokenizer, ids, skip_special=self._skip_special)
+
+
+class _TokenTexts(dict[int, str]):
+    """Texts of tokens by their ids, each looked up once."""
+
+    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+        self._decode = decode
+
+    def __missing__(self, token: int) -> str:
+        text = self[token] = self._decode([token])
+        return text
+
+
+def _joins_bytes(tokenizer: PreTrainedTokenizerBase) -> bool:
+    from tokenizers.decoders import ByteLevel
+
+    backend = _backend(tokenizer)
+    return backend is not None and isinstance(backend.decoder, ByteLevel)
+
+
+def is_thread_safe(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether several threads may use ``encode_text`` and ``decode_tokens`` at once."""
+    return _unlimited_backend(tokenizer) is not None
 
 
 def _unlimited_backend(tokenizer: PreTrainedTokenizerBase) -> Any:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from appo_lightning.tasks.lookup.tokenizer import build_tokenizer as build_lookup_tokenizer
-from appo_lightning.tokens import decode_tokens, encode_pieces, encode_text
+from appo_lightning.tokens import Decoder, decode_tokens, encode_pieces, encode_text, is_thread_safe
 from helpers.scripted import scripted_tokenizer
 from helpers.tiny import EOS, build_tokenizer
 
@@ -41,6 +42,46 @@ def test_short_and_long_way_agree(make):
         )
 
     agree()
+
+
+def one_that_strips_its_first_space() -> PreTrainedTokenizerFast:
+    words = {"\u2581a": 0, "\u2581b": 1, "c": 2, "</s>": 3}
+    backend = Tokenizer(models.WordLevel(words, unk_token="c"))
+    backend.decoder = decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+
+
+@pytest.mark.parametrize("skip_special", [False, True])
+@pytest.mark.parametrize(
+    "make",
+    [scripted_tokenizer, build_lookup_tokenizer, one_that_strips_its_first_space, lambda: Slow(scripted_tokenizer())],
+)
+def test_texts_of_tokens_join_to_the_text_of_all(make, skip_special):
+    tokenizer = make()
+    decode = Decoder(tokenizer, skip_special=skip_special)
+    # Any ids: single bytes of the vocabulary make whole characters, halves of some, and nonsense; 9999 is no token.
+    token = st.integers(0, 3 if make is one_that_strips_its_first_space else 400) | st.just(9999)
+
+    @given(st.lists(token, max_size=20))
+    def agree(ids: list[int]) -> None:
+        assert decode(ids) == decode_tokens(tokenizer, ids, skip_special=skip_special)
+
+    agree()
+    assert decode([]) == ""
+
+
+@pytest.mark.parametrize("text", ["\ufffd", "a\ufffdb", "東京 𝄞 é"])
+def test_characters_of_several_tokens_are_decoded_whole(text):
+    tokenizer = scripted_tokenizer()
+    assert Decoder(tokenizer)(encode_text(tokenizer, text)) == text
+
+
+def test_threads_share_a_tokenizer_only_where_its_backend_does_the_work():
+    tokenizer = build_tokenizer()
+    assert is_thread_safe(tokenizer)
+    assert not is_thread_safe(Slow(tokenizer))
+    tokenizer("the quick", truncation=True, max_length=2)  # from here on transformers sets it up around each call
+    assert not is_thread_safe(tokenizer)
 
 
 def test_spaces_before_signs_are_not_tidied_up():

@@ -185,8 +185,8 @@ class SamplerWeightSync(L.Callback):
             return []
         sampler, watchdog = self._data.sampler, Watchdog(self._data.rollout.stall_timeout_s)
         try:
-            with watchdog.watching(), watchdog.guard():
-                return generate(sampler, requests)
+            with watchdog.watching():
+                return watchdog.guard(lambda: generate(sampler, requests))
         except AppoError:
             raise
         except Exception as error:

@@ -47,11 +47,14 @@ def answer_f1(prediction: str, references: Sequence[str]) -> float:
         )
     if not references:
         raise ValueError("references must hold at least one accepted answer, got none: give the task its answer")
-    return max(_f1(normalise_answer(prediction), normalise_answer(reference)) for reference in references)
+    words = normalise_answer(prediction)
+    return max(_f1(words, normalise_answer(reference)) for reference in references)
 
 
 def _f1(prediction: str, reference: str) -> float:
-    if prediction != reference and not CLOSED_ANSWERS.isdisjoint((prediction, reference)):
+    if prediction == reference:
+        return 1.0 if prediction else 0.0
+    if not CLOSED_ANSWERS.isdisjoint((prediction, reference)):
         return 0.0
     predicted_words, reference_words = prediction.split(), reference.split()
     shared = (Counter(predicted_words) & Counter(reference_words)).total()

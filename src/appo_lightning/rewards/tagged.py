@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -164,8 +165,7 @@ def _set_results_aside(text: str, tools: Sequence[str]) -> tuple[str, set[str], 
     """Cut the tool results out; return what the policy wrote, the tools that answered and the first open call."""
     if not tools:
         return text, set(), None
-    call = re.compile("<(" + "|".join(re.escape(tool) for tool in tools) + ")>")
-    result = re.compile(f"<result>|{call.pattern}")
+    call, result = _openings(tuple(tools))
     own_text: list[str] = []
     answered: set[str] = set()
     position = 0
@@ -183,6 +183,13 @@ def _set_results_aside(text: str, tools: Sequence[str]) -> tuple[str, set[str], 
         position = stop + len("</result>")
     own_text.append(text[position:])
     return "".join(own_text), answered, None
+
+
+@functools.lru_cache
+def _openings(tools: tuple[str, ...]) -> tuple[re.Pattern[str], re.Pattern[str]]:
+    """What opens a call, and what opens a call or a result."""
+    call = re.compile("<(" + "|".join(re.escape(tool) for tool in tools) + ")>")
+    return call, re.compile(f"<result>|{call.pattern}")
 
 
 def _set_responses_aside(text: str, tools: Sequence[str]) -> tuple[str, set[str], str | None]:

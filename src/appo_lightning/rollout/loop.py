@@ -21,11 +21,12 @@ from appo_lightning.rollout.formats.base import CallSyntax, ParsedCall
 from appo_lightning.rollout.formats.tags import TagSyntax
 from appo_lightning.rollout.limits import RolloutLimits
 from appo_lightning.rollout.seeds import derive_seed
+from appo_lightning.rollout.sessions import EpisodeSession
 from appo_lightning.rollout.slots import SlotQueue
 from appo_lightning.rollout.toolpool import ToolOutcome, ToolPool
 from appo_lightning.rollout.watchdog import Watchdog
 from appo_lightning.samplers.base import Completion, Sampler, SampleRequest
-from appo_lightning.tokens import decode_tokens
+from appo_lightning.tokens import Decoder
 from appo_lightning.tools.base import Tool
 from appo_lightning.types import Task, ToolError, Trajectory
 
@@ -70,7 +71,8 @@ class RolloutLoop:
         syntax: CallSyntax | None = None,
     ) -> None:
         self._restart_engine = restart
-        self._sampler, self._tokenizer, self._limits = sampler, tokenizer, limits
+        self._sampler, self._limits = sampler, limits
+        self._decode = Decoder(tokenizer, skip_special=True)
         self._tools = {tool.name: tool for tool in tools}
         if len(self._tools) < len(tools):
             raise ConfigurationError(f"tool names must differ, got {[tool.name for tool in tools]}")
@@ -95,7 +97,7 @@ class RolloutLoop:
         Args:
             prefixes: any number; those that the sampler has no slot for wait.
             policy_version: recorded in the trajectories.
-            progress: called with (finished, total).
+            progress: called with (finished, total) after each step of the engine in which some finished.
 
         Returns:
             Trajectories in the order of the prefixes.
@@ -110,18 +112,25 @@ class RolloutLoop:
         pool = self._pool
         waiting = SlotQueue(self._sampler.num_slots, self._sampler.cache_tokens)
         generating: dict[int, Episode] = {}
+        ended: list[Episode] = []  # since the last ``settle``
         finished = restarts = 0
         self._broken: EngineFailure | None = None
         watchdog = Watchdog(self._limits.stall_timeout_s)
         patience = math.inf if self._limits.patience_s is None else self._limits.patience_s
 
         def advance(episode: Episode) -> None:
-            nonlocal finished
             self._advance(episode, pool, waiting)
             if episode.stop_reason is not None:
-                self._close(episode)
                 waiting.finish(episode.index)
-                finished += 1
+                ended.append(episode)
+
+        def settle() -> None:
+            """Once for all that ended in a step: each close wakes a thread, each report may draw a bar."""
+            nonlocal finished
+            if ended:
+                self._close(ended)
+                finished += len(ended)
+                ended.clear()
                 if progress is not None:
                     progress(finished, len(episodes))
 
@@ -130,6 +139,7 @@ class RolloutLoop:
                 for episode in episodes:
                     advance(episode)
                 while generating or len(waiting) or len(pool):
+                    settle()
                     if not generating:
                         watchdog.rest()
                     if generating or len(waiting):
@@ -157,14 +167,14 @@ class RolloutLoop:
                         episode = generating.pop(completion.id)
                         self._absorb_tokens(episode, completion)
                         advance(episode)
+                settle()
         except BaseException:
             with suppress(Exception):  # an engine that broke may not even abort; what broke it is the error to tell
                 self._sampler.abort(list(generating))
             raise
         finally:
             pool.abandon()
-            for episode in episodes:
-                self._close(episode)
+            self._close(episodes)
             self._closer.wait()
         self.statistics.seconds += time.monotonic() - started
         return [self._trajectory(episode, policy_version) for episode in episodes]
@@ -175,8 +185,7 @@ class RolloutLoop:
         if self._broken is not None:
             raise self._broken
         try:
-            with watchdog.guard():
-                completions = self._sampler.step()
+            completions = watchdog.guard(self._sampler.step)
         except AppoError:
             raise
         except Exception as error:
@@ -289,10 +298,17 @@ class RolloutLoop:
         episode.pending = call
         pool.submit(
             episode,
-            lambda: session.call(argument),
+            lambda: self._answer(session, argument),
             interrupt=session.interrupt,
             timeout_s=session.timeout_s,
         )
+
+    def _answer(self, session: EpisodeSession, argument: str) -> str:
+        """Runs in a tool's thread, which encodes the answer too: the thread that generates has less to do."""
+        answer = session.call(argument)
+        if isinstance(answer, str):  # else the pool will complain
+            self._syntax.prepare(answer.strip(), max_result_tokens=self._limits.max_result_tokens)
+        return answer
 
     def _open_tools(self, task: Task) -> None:
         """Open a first session of each, which may start a server or read a file: no call should pay for that with its
@@ -358,9 +374,8 @@ class RolloutLoop:
         )
         episode.append_results(results)
 
-    def _close(self, episode: Episode) -> None:
-        if episode.has_sessions:
-            self._closer.submit(episode.close)
+    def _close(self, episodes: Sequence[Episode]) -> None:
+        self._closer.submit(*(episode.close for episode in episodes if episode.has_sessions))
 
     def _trajectory(self, episode: Episode, policy_version: int) -> Trajectory:
         assert episode.stop_reason is not None
@@ -372,5 +387,5 @@ class RolloutLoop:
             tool_calls=episode.tool_calls,
             stop_reason=episode.stop_reason,
             policy_version=policy_version,
-            response_text=decode_tokens(self._tokenizer, episode.response_ids, skip_special=True),
+            response_text=self._decode(episode.response_ids),
         )

@@ -156,8 +156,8 @@ class Phase:
         """
         if "counts" not in state:
             raise DataError(
-                "the checkpoint was made in the middle of a rollout phase by an earlier version, which wrote rollouts in "
-                "another form; resume with that version, or from a checkpoint between two phases"
+                "the checkpoint was made in the middle of a rollout phase by an earlier version, which wrote rollouts "
+                "in another form; resume with that version, or from a checkpoint between two phases"
             )
         refills = list(state["refills"])
         known = {task.id: task for task in tasks}

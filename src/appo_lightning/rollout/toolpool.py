@@ -83,13 +83,14 @@ class ToolPool(Generic[K]):
         """
         until = time.monotonic() + wait_s
         wait_s = 0.0
-        while True:
+        while self._running:
             outcomes = self._answered(wait_s) + self._expired()
             self._start_waiting()
             left = until - time.monotonic()
-            if outcomes or left <= 0 or not self._running:
+            if outcomes or left <= 0:
                 return outcomes
             wait_s = min(left, self._seconds_to_next_deadline())
+        return []
 
     def abandon(self) -> None:
         """Give up everything that has not ended: for the end of a run."""
@@ -119,8 +120,8 @@ class ToolPool(Generic[K]):
         """Answers handed in, but for those of calls given up; waits for the first."""
         outcomes = []
         with suppress(queue.Empty):
-            while True:
-                number, answer = self._answers.get(timeout=wait_s) if wait_s > 0 else self._answers.get_nowait()
+            while wait_s > 0 or not self._answers.empty():  # no other thread takes any
+                number, answer = self._answers.get(timeout=wait_s)
                 wait_s = 0.0
                 if self._running.pop(number, None) is None:
                     continue

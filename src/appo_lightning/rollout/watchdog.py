@@ -7,11 +7,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import TypeVar
 
 from appo_lightning.errors import EngineFailure
+
+T = TypeVar("T")
 
 # Not the signal of Ctrl-C: a process in the background of a script ignores that one, and a user may send it.
 _SIGNAL = signal.SIGUSR2
@@ -83,16 +86,15 @@ class Watchdog:
         if self._entered is not None and self._fired:  # else the step has just returned
             raise _Stalled
 
-    @contextmanager
-    def guard(self) -> Iterator[None]:
-        """Around a step of the engine.
+    def guard(self, step: Callable[[], T]) -> T:
+        """Run a step of the engine.
 
         Raises:
             EngineFailure: the step took longer than the limit and was interrupted.
         """
         self._entered = time.monotonic()
         try:
-            yield
+            return step()
         except _Stalled as error:
             raise EngineFailure(self._message()) from error
         finally:

@@ -163,8 +163,8 @@ from appo_lightning.rollout.watchdog import Watchdog
 watchdog = Watchdog(0.2, grace_s=0.4)
 libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
 libc.pthread_mutex_lock(mutex)
-with watchdog.watching(), watchdog.guard():
-    libc.pthread_mutex_lock(mutex)
+with watchdog.watching():
+    watchdog.guard(lambda: libc.pthread_mutex_lock(mutex))
 print("went on")
 """
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)

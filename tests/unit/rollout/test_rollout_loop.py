@@ -12,8 +12,10 @@ import pytest
 
 from appo_lightning.errors import ConfigurationError, DataError, SamplerError
 from appo_lightning.rollout.episode import Prefix
+from appo_lightning.rollout.formats import plain_text
 from appo_lightning.rollout.limits import RolloutLimits
 from appo_lightning.rollout.loop import RolloutLoop
+from appo_lightning.tokens import encode_text
 from appo_lightning.tools.base import Tool
 from appo_lightning.types import ToolCall, Trajectory
 from helpers.scripted import (
@@ -285,7 +287,7 @@ def test_no_two_requests_share_a_seed():
 
 def test_a_slow_tool_does_not_hold_up_the_others():
     # Seven trajectories make three quick calls each while the eighth waits for one slow call.
-    finished_at: list[float] = []
+    finished_at: dict[int, float] = {}  # by how many have
     tool = EchoTool(seconds=lambda argument: 1.5 if argument == "slow" else 0.0)
 
     def script(text: str, seed: int) -> str:
@@ -296,10 +298,27 @@ def test_a_slow_tool_does_not_hold_up_the_others():
 
     loop = RolloutLoop(ScriptedSampler(script), [tool], scripted_tokenizer(), RolloutLimits(tool_workers=2))
     started = time.monotonic()
-    loop.run(tasks(8), policy_version=0, progress=lambda done, total: finished_at.append(time.monotonic() - started))
-    assert finished_at[6] < 1.0
-    assert finished_at[7] >= 1.5
+
+    def note(done: int, total: int) -> None:
+        finished_at[done] = time.monotonic() - started
+
+    loop.run(tasks(8), policy_version=0, progress=note)
+    assert finished_at[7] < 1.0
+    assert finished_at[8] >= 1.5
     assert loop.statistics.waiting_seconds > 0.4
+
+
+def test_answers_are_encoded_where_they_were_given_not_where_tokens_are_generated(monkeypatch):
+    threads: list[tuple[str, str]] = []
+
+    def encode(tokenizer: Any, text: str) -> list[int]:
+        threads.append((text, threading.current_thread().name))
+        return encode_text(tokenizer, text)
+
+    monkeypatch.setattr(plain_text, "encode_text", encode)
+    trajectory = roll_one(ONE_CALL, FixedTool("\n so it is "))
+    assert trajectory.tool_calls[0].result == "so it is"
+    assert threads == [("so it is", "appo-tool")]
 
 
 def test_slow_calls_overlap():
@@ -309,11 +328,12 @@ def test_slow_calls_overlap():
     assert time.monotonic() - started < 12 * 0.3 / 2
 
 
-def test_progress_counts_every_trajectory():
+def test_progress_counts_every_trajectory_and_tells_once_per_step():
     seen: list[tuple[int, int]] = []
-    loop = RolloutLoop(ScriptedSampler(ONE_CALL), [EchoTool()], scripted_tokenizer(), RolloutLimits())
-    loop.run(tasks(3), policy_version=0, progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(1, 3), (2, 3), (3, 3)]
+    sampler = ScriptedSampler(after({"": f"ok{EOS}"}), steps=lambda request: 1 + request.id // 2)
+    loop = RolloutLoop(sampler, [EchoTool()], scripted_tokenizer(), RolloutLimits())
+    loop.run(tasks(5), policy_version=0, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(2, 5), (4, 5), (5, 5)]
     assert loop.run([], policy_version=0) == []
 
 

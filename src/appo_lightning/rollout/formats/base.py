@@ -72,6 +72,12 @@ class CallSyntax(ABC):
             room: tokens that all of them may take together; the rest is cut off.
         """
 
+    def prepare(self, text: str, *, max_result_tokens: int) -> None:
+        """Begin the work of ``encode_results`` for one of its texts, which changes nothing but its time.
+
+        Runs in the thread of the tool that answered, beside generation.
+        """
+
     # --- only for demonstrations ---
 
     @property

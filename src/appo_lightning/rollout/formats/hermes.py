@@ -20,7 +20,7 @@ from appo_lightning.rollout.formats.base import (
 )
 from appo_lightning.rollout.formats.plain_text import PlainText, valid_text
 from appo_lightning.rollout.formats.template import ResultFrame, check_history_is_kept, find_result_frame
-from appo_lightning.tokens import decode_tokens, encode_pieces, encode_text
+from appo_lightning.tokens import Decoder, encode_pieces, encode_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -73,6 +73,7 @@ class HermesSyntax(CallSyntax):
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, tools: Sequence[Tool], frame: ResultFrame) -> None:
         self._tokenizer, self._frame = tokenizer, frame
+        self._decode = Decoder(tokenizer)
         self._tools = {tool.name: tool for tool in tools}
         self._end_of_turn = tokenizer.eos_token_id
         self._plain = PlainText(tokenizer, CONTROL_TAGS)
@@ -92,7 +93,7 @@ class HermesSyntax(CallSyntax):
         # Not by ``finish`` alone: a checkpoint may have other EOS tokens, after which no turn follows in the template.
         if not ids or ids[-1] != self._end_of_turn:
             return Turn(over=finish == "eos")
-        calls = tuple(self._parsed(call) for call in read_calls(decode_tokens(self._tokenizer, ids[:-1])))
+        calls = tuple(self._parsed(call) for call in read_calls(self._decode(ids[:-1])))
         return Turn(calls=calls, over=not calls)
 
     def encode_results(self, texts: Sequence[str], *, max_result_tokens: int, room: int) -> list[EncodedResult]:
@@ -109,6 +110,9 @@ class HermesSyntax(CallSyntax):
         starts = accumulate((len(piece) for piece in pieces), initial=0)
         cut = [piece[: max(0, room - start)] for piece, start in zip(pieces, starts, strict=False)]
         return [EncodedResult(ids, seen) for ids, seen in zip(cut, shown, strict=True)]
+
+    def prepare(self, text: str, *, max_result_tokens: int) -> None:
+        self._plain.prepare(text, max_result_tokens)
 
     @property
     def end_of_calls(self) -> tuple[int, ...]:

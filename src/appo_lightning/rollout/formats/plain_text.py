@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from appo_lightning.tokens import decode_tokens, encode_text
+from appo_lightning.tokens import Decoder, encode_text, is_thread_safe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,7 +25,7 @@ class PlainText:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, tags: Iterable[str]) -> None:
-        self._tokenizer = tokenizer
+        self._tokenizer, self._decode = tokenizer, Decoder(tokenizer)
         # Some vocabularies add runs of spaces as tokens: they control nothing.
         added = {text: token for text, token in tokenizer.get_added_vocab().items() if text.strip()}
         self.control_ids = frozenset(added.values()) | frozenset(tokenizer.all_special_ids)
@@ -52,7 +52,12 @@ class PlainText:
         if len(whole) <= max_tokens:
             return list(whole), shown
         ids = self._cut(whole, max_tokens)
-        return ids, decode_tokens(self._tokenizer, ids)
+        return ids, self._decode(ids)
+
+    def prepare(self, text: str, max_tokens: int) -> None:
+        """Encode a text ahead, in any thread; the next ``encode_plain`` finds it done."""
+        if is_thread_safe(self._tokenizer):
+            self._encode_whole(text[: _MAX_CHARS_PER_TOKEN * max_tokens])
 
     def _encode_anew(self, text: str) -> tuple[tuple[int, ...], str]:
         text = valid_text(text)
@@ -60,7 +65,7 @@ class PlainText:
         for _ in range(8):
             ids = encode_text(self._tokenizer, self.defuse(text))
             ids = [token for token in ids if token not in self.control_ids]
-            text = decode_tokens(self._tokenizer, ids)
+            text = self._decode(ids)
             if not self._control_text.search(text):
                 return tuple(ids), text
         return (), ""
@@ -68,7 +73,7 @@ class PlainText:
     def _cut(self, ids: tuple[int, ...], length: int) -> list[int]:
         """The first tokens, without the beginning of a character (at most three bytes) that the cut left behind."""
         for stop in range(length, max(length - 4, 0), -1):
-            if not decode_tokens(self._tokenizer, ids[:stop]).endswith("\ufffd"):
+            if not self._decode(ids[:stop]).endswith("\ufffd"):
                 return list(ids[:stop])
         return list(ids[:length])
 

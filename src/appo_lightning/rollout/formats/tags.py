@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from appo_lightning.rollout.formats.base import CallFormat, CallSyntax, EncodedResult, ParsedCall, Turn
 from appo_lightning.rollout.formats.plain_text import PlainText
-from appo_lightning.tokens import decode_tokens, encode_text
+from appo_lightning.tokens import Decoder, encode_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,7 +45,7 @@ class TagSyntax(CallSyntax):
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, tool_names: Sequence[str]) -> None:
-        self._tokenizer, self._names = tokenizer, tuple(tool_names)
+        self._decode, self._names = Decoder(tokenizer), tuple(tool_names)
         self._encoder = ResultEncoder(tokenizer, tool_names)
         self._nothing_written = Turn(stop=stop_strings(self._names))
 
@@ -54,7 +54,7 @@ class TagSyntax(CallSyntax):
             return Turn(over=True)
         if not ids:
             return self._nothing_written
-        text = decode_tokens(self._tokenizer, ids)
+        text = self._decode(ids)
         call = parse_call(text, self._names)
         if call is None:
             return Turn(stop=stop_strings(self._names, text))
@@ -67,6 +67,9 @@ class TagSyntax(CallSyntax):
         body = min(max_result_tokens, max(0, room - self._encoder.num_tag_tokens))
         ids, shown = self._encoder.encode(text, body)
         return [EncodedResult(ids[:room], shown)]
+
+    def prepare(self, text: str, *, max_result_tokens: int) -> None:
+        self._encoder.prepare(text, max_result_tokens)
 
     def write_call(self, name: str, argument: Sequence[str], *, after: str) -> list[str]:
         return [f"<{name}>", *argument, f"</{name}>"]
