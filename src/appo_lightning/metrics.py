@@ -34,9 +34,9 @@ class MetricSums:
             histogram: also keep them for a histogram.
         """
         if isinstance(values, Tensor):
-            tensor = values.detach().flatten().cpu().double()
-            total, count = float(tensor.sum()), tensor.numel()
-            numbers = tensor.tolist() if histogram else []
+            array = values.detach().float().cpu().numpy().ravel()
+            total, count = float(array.sum(dtype=np.float64)), array.size
+            numbers = array.tolist() if histogram else []
         else:  # a tensor of a few numbers would cost more than all of their arithmetic
             numbers = [float(value) for value in values] if isinstance(values, Iterable) else [float(values)]
             total, count = sum(numbers), len(numbers)
@@ -91,10 +91,8 @@ class MetricSums:
         """Mean, percentile or difference by name."""
         means = {name: total / count for name, (total, count) in self._sums.items() if count}
         for name, values in self._ranked.items():
-            quantiles = torch.tensor(values, dtype=torch.float64).quantile(
-                torch.tensor([0.5, 0.95], dtype=torch.float64)
-            )
-            means |= {f"{name}_p50": float(quantiles[0]), f"{name}_p95": float(quantiles[1])}
+            median, high = np.quantile(values, [0.5, 0.95]).tolist()
+            means |= {f"{name}_p50": median, f"{name}_p95": high}
         for name, (first, second) in self._differences.items():
             if first in means and second in means:
                 means[name] = means[first] - means[second]

@@ -74,7 +74,7 @@ def test_rollouts(run, capsys):
 @pytest.mark.engine
 def test_engine_steps(run):
     (row,) = run("bench_engine_step", "--sequences", "4", "--tokens", "8", "--rounds", "1")["rows"]
-    assert set(row["ratio"]) == {"vLLM's own", "norms", "draws", "ranks", "all"}
+    assert set(row["ratio"]) == {"vLLM's own", "norms", "draws", "ranks", "blocks", "logprobs", "all"}
     assert min(row["milliseconds"].values()) > 0
 
 
