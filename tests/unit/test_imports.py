@@ -87,7 +87,7 @@ def test_the_algorithm_knows_only_types_and_errors_and_nobody_below_the_trainer_
 def test_only_the_vllm_sampler_imports_vllm():
     users = [name for name, path in modules().items() if any(i.split(".")[0] == "vllm" for i in imports_of(path))]
     assert sorted(users) == [
-        *(f"samplers._vllm_{part}" for part in ("cpu", "engine", "layers", "reading", "weights")),
+        *(f"samplers._vllm_{part}" for part in ("adapters", "cpu", "engine", "layers", "reading", "writing")),
         "samplers.vllm",
     ]
 
