@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from appo_lightning.errors import ConfigurationError, DataError, SamplerError
+from appo_lightning.rollout import closer
 from appo_lightning.rollout.episode import Prefix
 from appo_lightning.rollout.formats import plain_text
 from appo_lightning.rollout.limits import RolloutLimits
@@ -398,7 +399,8 @@ def test_a_session_that_opens_too_late_never_gets_the_call():
     assert called == [[], [], ["b"]]
 
 
-def test_sessions_are_closed_when_their_trajectory_ends_not_when_all_have():
+def test_sessions_are_closed_when_their_trajectory_ends_not_when_all_have(monkeypatch):
+    monkeypatch.setattr(closer, "_REST_S", 0.0)
     open_sessions: list[int] = []
 
     class Counting(HangingTool):
@@ -408,7 +410,7 @@ def test_sessions_are_closed_when_their_trajectory_ends_not_when_all_have():
 
     tool = Counting()
     # One trajectory after the other, with time for the thread that closes.
-    sampler = ScriptedSampler(ONE_CALL, steps=lambda request: 1 + 4 * request.id, step_s=0.005)
+    sampler = ScriptedSampler(ONE_CALL, steps=lambda request: 1 + 4 * request.id, step_s=0.01)
     roll(sampler, [tool], prefixes=tasks(6))
     assert all(session.closed for session in tool.sessions)
     assert max(open_sessions) <= 2
