@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 import time
@@ -35,3 +36,13 @@ def write_figures(path: Path | None, figures: Any) -> None:
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """What the figures were measured on."""
+    import torch
+
+    found: dict[str, Any] = {"cores": os.cpu_count(), "load_average": os.getloadavg()[0], "torch": torch.__version__}
+    if device != "cpu":
+        found["gpu"] = torch.cuda.get_device_name()
+    return found

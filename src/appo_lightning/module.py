@@ -136,7 +136,8 @@ class AppoModule(PolicyModule):
         micro_batch_tokens: tokens of one forward and backward pass, padding included; a longer row still goes alone.
         score_batch_tokens: the same for forward passes without gradient.
         shared_prefixes: compute what rows have in common once: instructions, a prompt's roots, a branch's prefix. Needs
-            sdpa attention without sliding windows; "auto" does it where the model can.
+            sdpa attention without sliding windows. "auto": on a CPU, where the model can; on a GPU it took longer than
+            it saved (``docs/benchmarks/gpu.md``).
     """
 
     def __init__(
@@ -232,7 +233,8 @@ class AppoModule(PolicyModule):
     # --- training ----------------------------------------------------------------------------------------------------
 
     def check_policy(self) -> None:
-        if not self.shared_prefixes:
+        on_cpu = self.trainer.strategy.root_device.type == "cpu"
+        if not self.shared_prefixes or (self.shared_prefixes == "auto" and not on_cpu):
             return
         try:
             self.policy.share_prefixes()

@@ -67,7 +67,8 @@ def perturb(policy: torch.nn.Module, *, seed: int, scale: float = 0.05) -> None:
     generator = torch.Generator().manual_seed(seed)
     for parameter in policy.parameters():
         if parameter.requires_grad:
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
+            noise = torch.randn(parameter.shape, generator=generator) * scale
+            parameter.add_(noise.to(parameter.device))
 
 
 def save_tiny(

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from appo_lightning.errors import ConfigurationError, SamplerError, WeightSyncError
 from appo_lightning.policy.causal_lm import CausalPolicy
 from appo_lightning.policy.options import LoraOptions, PolicyOptions
 from appo_lightning.samplers import _vllm_writing
-from appo_lightning.samplers.base import Completion, SampleRequest, generate
+from appo_lightning.samplers.base import Completion, Sampler, SampleRequest, generate
 from appo_lightning.samplers.read_back import ReadBack, ReadBackResult
+from appo_lightning.samplers.transformers import TransformersSampler
 from appo_lightning.samplers.vllm import VLLMSampler
+from helpers.engine import Engine
 from helpers.sampler_contract import TOLERANCE, some_requests
 from helpers.tiny import perturb, save_tiny
 from helpers.training import Run, fit, make_checkpoint
@@ -46,35 +48,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     directory = tmp_path_factory.mktemp("tied")
     save_tiny(directory, tied=True)
     return str(directory)
-
-
-@dataclass
-class Engine:
-    sampler: VLLMSampler
-    checkpoint: str
-
-    def policy(self, lora: LoraOptions | None = None) -> CausalPolicy:
-        return CausalPolicy(PolicyOptions(self.checkpoint, lora=lora))
-
-    def push(self, policy: CausalPolicy, instead: dict[str, Tensor] | None = None) -> ReadBackResult:
-        """Push, with some tensors exchanged on the way, and read back while sampling."""
-        read_back = ReadBack(4, push=0)
-        changed = ((n, (instead or {}).get(n, w)) for n, w in read_back.noting(policy.named_weights()))
-        self.sampler.load_weights(changed)
-        with read_back.comparing(self.sampler) as result:
-            generate(self.sampler, some_requests(2, max_tokens=1))
-        return result
-
-    def gap(self, policy: CausalPolicy, temperature: float = 1.0) -> float:
-        """Largest difference between the sampler's log-probs and the policy's, nats."""
-        requests = some_requests(6, temperature=temperature)
-        gaps = []
-        for request, completion in zip(requests, generate(self.sampler, requests), strict=True):
-            ids = torch.tensor([request.token_ids + completion.token_ids])
-            with torch.no_grad():
-                scored = policy.score(ids, torch.tensor([ids.shape[1]]), temperature=temperature).logprobs[0]
-            gaps.append(scored[len(request.token_ids) :] - torch.tensor(completion.logprobs))
-        return float(torch.cat(gaps).abs().max())
 
 
 @pytest.fixture(scope="module")
@@ -401,6 +374,45 @@ def test_without_a_gpu_sleep_is_refused(checkpoint: str) -> None:
         VLLMSampler(sleep_between_phases=True).start(
             checkpoint, CausalPolicy(PolicyOptions(checkpoint)).tokenizer, max_length=64
         )
+
+
+def test_a_second_engine_that_sleeps_is_refused_in_one_line(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM would fail in an assertion."""
+    from vllm.device_allocator.cumem import CuMemAllocator
+
+    monkeypatch.setattr("vllm.platforms.current_platform", SimpleNamespace(is_cuda=lambda: True))
+    monkeypatch.setattr(CuMemAllocator, "instance", SimpleNamespace(get_current_usage=lambda: 3 << 29))
+    with pytest.raises(SamplerError, match=r"one engine per process, .* holds 1.5 GiB: start again from the last"):
+        VLLMSampler(sleep_between_phases=True).start(
+            checkpoint, CausalPolicy(PolicyOptions(checkpoint)).tokenizer, max_length=64
+        )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "expected"),
+    [
+        (torch.float32, "cpu", "float32"),
+        (torch.float32, "cuda", "tf32"),
+        (torch.bfloat16, "cpu", "half"),
+        (torch.float16, "cuda", "half"),
+    ],
+)
+def test_the_precision_is_that_of_the_engine(dtype: torch.dtype, device: str, expected: str) -> None:
+    sampler, config = (
+        VLLMSampler(),
+        SimpleNamespace(model_config=SimpleNamespace(dtype=dtype), device_config=SimpleNamespace(device_type=device)),
+    )
+    sampler._engine = SimpleNamespace(vllm_config=config)  # type: ignore[assignment]
+    assert sampler.precision == expected
+
+
+@pytest.mark.parametrize("sampler", [VLLMSampler(kv_cache_mb=64), TransformersSampler()])
+def test_a_checkpoint_in_half_precision_is_trained_in_float32(tmp_path: Path, sampler: Sampler) -> None:
+    """The sampler keeps the checkpoint's precision, and the canary expects no more of it."""
+    path = make_checkpoint(tmp_path, hidden_size=32, num_layers=1)
+    AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).save_pretrained(path)
+    result = fit(Run(path, max_steps=1), sampler=sampler)
+    assert 0 < result.series("sync/logprob_gap_mean")[0] < 0.1
 
 
 # --- LoRA -----------------------------------------------------------------------------------------------------------

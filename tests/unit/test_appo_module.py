@@ -18,7 +18,8 @@ from torch import Tensor
 from appo_lightning.batching import ProcedureBatch
 from appo_lightning.errors import ConfigurationError, NonFiniteLossError
 from appo_lightning.module import AppoModule, LossOptions
-from appo_lightning.policy.options import OptimizerOptions
+from appo_lightning.policy.causal_lm import CausalPolicy
+from appo_lightning.policy.options import OptimizerOptions, PolicyOptions
 from appo_lightning.policy.snapshot import PolicySnapshot
 from appo_lightning.rewards.base import Score
 from appo_lightning.rollout.tree import BranchingOptions
@@ -227,6 +228,16 @@ def test_auto_shares_where_the_model_can_and_says_where_it_cannot(
     run.shared_prefixes = True
     with pytest.raises(ConfigurationError, match=r"sliding_attention; set model\.shared_prefixes: false"):
         train(run)
+
+
+@pytest.mark.parametrize(("shared_prefixes", "shares"), [("auto", False), (True, True)])
+def test_auto_shares_nothing_on_a_gpu(checkpoint, shared_prefixes, shares) -> None:
+    module = Run(checkpoint, shared_prefixes=shared_prefixes).module()
+    module.policy = CausalPolicy(PolicyOptions(checkpoint))
+    strategy = SimpleNamespace(root_device=torch.device("cuda"))
+    module.trainer = SimpleNamespace(strategy=strategy)  # type: ignore[assignment]
+    module.check_policy()
+    assert module._shares_prefixes is shares
 
 
 def save_with_sliding_windows(checkpoint: str, directory: Path) -> str:

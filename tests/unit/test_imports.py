@@ -17,7 +17,7 @@ SOURCE = Path(appo_lightning.__file__).parent
 #       <- `rollout, batching`
 #       <- `module, datamodule, sft, callbacks, reports` <- `cli`
 LAYERS = [
-    {"types", "errors", "tokens", "function_calls", "__init__"},
+    {"types", "errors", "heap", "tokens", "function_calls", "__init__"},
     {"algorithm", "samplers", "tools", "rewards", "policy", "tasks", "environment", "registry"},
     {"rollout", "batching", "metrics", "agreement"},
     {"module", "policy_module", "datamodule", "sources", "sft", "callbacks", "reports"},

@@ -253,6 +253,13 @@ def test_half_precision_shares_too(path, dtype) -> None:
     assert float((ours - theirs).abs().mean()) < 0.1  # bfloat16 keeps eight bits of logits of some ten nats
 
 
+def test_packs_are_planned_on_the_cpu_whatever_the_default_device(path) -> None:
+    """Lightning builds the policy with the GPU as default device."""
+    policy = CausalPolicy(PolicyOptions(path))
+    with torch.device("meta"):
+        policy.share_prefixes()
+
+
 def use_flash_attention(policy: Any) -> None:
     policy.options.attn_implementation = "flash_attention_2"
 

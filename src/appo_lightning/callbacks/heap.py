@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import gc
-
 import lightning as L
+
+from appo_lightning import heap
 
 
 class FrozenHeap(L.Callback):
@@ -15,12 +15,11 @@ class FrozenHeap(L.Callback):
     """
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        gc.collect()
-        gc.freeze()
+        heap.freeze()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        gc.unfreeze()
+        heap.thaw()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit":
-            gc.unfreeze()
+            heap.thaw()

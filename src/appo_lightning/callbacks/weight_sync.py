@@ -19,13 +19,13 @@ from appo_lightning.metrics import MetricSums, log_metrics
 from appo_lightning.module import AppoModule
 from appo_lightning.rollout.phase import LogprobGap
 from appo_lightning.rollout.watchdog import Watchdog
-from appo_lightning.samplers.base import Completion, SampleRequest, generate
+from appo_lightning.samplers.base import Completion, Precision, SampleRequest, generate
 from appo_lightning.samplers.read_back import ReadBack, ReadBackResult
 from appo_lightning.types import Trajectory
 
 # Mean absolute difference, nats, that numerics explain; stale weights give 0.1 and more after a few steps of training
 # from scratch, and a forgotten repack of a tied head 1 and more.
-_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
+_TOLERANCE: dict[Precision, float] = {"float32": 1e-3, "tf32": 2e-2, "half": 0.1}
 # Tokens of a prompt: on a new engine enough to tell how it counts positions; later so few that a product with a weight
 # takes no longer than reading it.
 _FIRST_CANARY, _CANARY = 33, 2
@@ -212,14 +212,10 @@ class SamplerWeightSync(L.Callback):
                 f"{largest:.3g}. If the two only differ in precision, raise sync.tolerance"
             )
 
-    def _precision(self, module: AppoModule) -> str:
+    def _precision(self, module: AppoModule) -> Precision:
         """The coarsest of what computes the two log-probs."""
-        computing = (
-            module.policy_options.dtype,
-            str(module.trainer.precision),
-            str(getattr(self._data.sampler, "dtype", "")),
-        )
-        return "bfloat16" if any(name.startswith("bf") for name in computing) else "float32"
+        trained = (module.policy_options.dtype, str(module.trainer.precision))
+        return "half" if any(name.startswith("bf") for name in trained) else self._data.sampler.precision
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

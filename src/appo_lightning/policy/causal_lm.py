@@ -130,9 +130,9 @@ class CausalPolicy(nn.Module):
             kinds = {"sliding_attention"}
         if kinds:
             raise ConfigurationError(f"{refusal}has layers of {', '.join(sorted(kinds))}{remedy}")
-        # What a configuration does not tell, a few tokens do.
-        token_ids = torch.tensor([[1, 2, 3, 4, 5, 6], [1, 2, 3, 6, 4, 5], [1, 2, 3, 6, 4, 7]])  # sharing 3, then 5
-        lengths = torch.full((3,), 6)
+        # What a configuration does not tell, a few tokens do. Planned on the CPU, whatever the default device.
+        rows = [[1, 2, 3, 4, 5, 6], [1, 2, 3, 6, 4, 5], [1, 2, 3, 6, 4, 7]]  # sharing 3, then 5
+        token_ids, lengths = torch.tensor(rows, device="cpu"), torch.full((3,), 6, device="cpu")
         (pack,) = plan_packs(token_ids, lengths, budget=18)
         device = next(self.model.parameters()).device
         packing = pack_tree(token_ids[pack.rows], lengths[pack.rows], pack).to(device)

@@ -11,11 +11,12 @@ import gc
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from appo_lightning import heap
 from appo_lightning.errors import SamplerError
 from appo_lightning.samplers._vllm_cpu import NORM_PRIORITY, register_norms, shorten_sampling, shorten_scheduling
 
@@ -59,13 +60,12 @@ def start_engine(arguments: dict[str, Any]) -> LLMEngine:
     from vllm.platforms import current_platform
     from vllm.v1.engine.llm_engine import LLMEngine
 
-    if current_platform.is_cpu():
-        _shorten_cpu_start(arguments["model"])
-        if _check_version(vllm.__version__):
-            shorten_sampling()
-            shorten_scheduling()
-            register_norms()
-            arguments = {"ir_op_priority": NORM_PRIORITY, **arguments}
+    _shorten_start(arguments["model"])
+    if current_platform.is_cpu() and _check_version(vllm.__version__):
+        shorten_sampling()
+        shorten_scheduling()
+        register_norms()
+        arguments = {"ir_op_priority": NORM_PRIORITY, **arguments}
     engine_arguments = EngineArgs(**arguments)
     had_group = torch.distributed.is_initialized()
     groups = _take_groups()
@@ -107,7 +107,7 @@ def _groups() -> dict[str, Any]:
     }
 
 
-def _shorten_cpu_start(checkpoint: str) -> None:
+def _shorten_start(checkpoint: str) -> None:
     from transformers import AutoConfig
     from vllm import ModelRegistry
 
@@ -117,25 +117,43 @@ def _shorten_cpu_start(checkpoint: str) -> None:
             ModelRegistry.register_model(architecture, ModelRegistry.models[architecture].load_model_cls())
 
 
-def shut_down(engine: LLMEngine) -> None:
+def shut_down(engine: LLMEngine, *, asleep: bool = False) -> None:
     import vllm.v1.engine.core as core
 
     # vLLM's clean-up destroys the default process group, which may be the trainer's, and the groups that a second
     # engine of this process uses. Weights and cache are released before it is reached.
     client: Any = engine.engine_core
-    frozen = gc.get_freeze_count()  # vLLM forgets it
+    if asleep:
+        torch.cuda.empty_cache()
+        with suppress(RuntimeError):  # too little memory: then nothing of it is given back twice either
+            engine.wake_up()  # vLLM's allocator gives back what is there, and fails with what is not
+    engine.apply_model(_forget_compiled)
     clean_up = core.cleanup_dist_env_and_memory
     core.cleanup_dist_env_and_memory = lambda *args, **kwargs: None
     try:
         client.engine_core.shutdown()
     finally:
         core.cleanup_dist_env_and_memory = clean_up
-    gc.unfreeze()  # the engine's objects hold each other, and its memory
-    gc.collect()
-    if frozen:
-        gc.freeze()
+    heap.collect_all()  # the engine's objects hold each other, and its memory
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
+
+
+def memory_of_sleepers() -> int:
+    """Bytes that engines with sleep mode hold, of this process."""
+    from vllm.device_allocator.cumem import CuMemAllocator
+
+    return 0 if CuMemAllocator.instance is None else CuMemAllocator.instance.get_current_usage()
+
+
+def _forget_compiled(model: torch.nn.Module) -> None:
+    # A compiled model hears of torch's compilations, and so never goes. vLLM can take back one hook; a class whose base
+    # class is compiled too has two.
+    from torch._dynamo.convert_frame import _bytecode_hooks as hooks
+
+    modules = set(model.modules())
+    for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) in modules]:
+        del hooks[key]
 
 
 @contextmanager
@@ -143,7 +161,7 @@ def preserved_process() -> Iterator[None]:
     """Undo what importing and starting vLLM does to the process: environment, threads, garbage collector."""
     environment = dict(os.environ)
     set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
-    collecting, frozen = gc.isenabled(), gc.get_freeze_count()
+    collecting = gc.isenabled()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch deprecations inside vLLM
@@ -158,5 +176,4 @@ def preserved_process() -> Iterator[None]:
         torch.set_num_threads(num_threads)
         if collecting:
             gc.enable()
-        if not frozen:
-            gc.unfreeze()
+        heap.restore()

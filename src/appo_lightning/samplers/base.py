@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 # Engines clamp or ignore what is colder; the log-probs would then not be those of the temperature asked for.
 MIN_TEMPERATURE = 0.01
 MAX_TEMPERATURE = 2.0  # vLLM's
+Precision = Literal["float32", "tf32", "half"]  # tf32: float32 whose products keep 10 bits, as GPUs multiply
 
 
 @dataclass(slots=True)
@@ -65,6 +66,11 @@ class Sampler(ABC):
     """
 
     provides_logprobs: bool = True  # False: ``Completion.logprobs`` holds zeros; evaluation only
+
+    @property
+    def precision(self) -> Precision:
+        """The coarsest numbers that its log-probs come from, once started."""
+        return "float32"
 
     @property
     def num_slots(self) -> int | None:

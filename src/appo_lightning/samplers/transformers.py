@@ -20,7 +20,7 @@ from appo_lightning.samplers._common import (
     parameter_shapes,
     preserved_rng,
 )
-from appo_lightning.samplers.base import Completion, Sampler, SampleRequest, SamplerStats
+from appo_lightning.samplers.base import Completion, Precision, Sampler, SampleRequest, SamplerStats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -91,6 +91,10 @@ class TransformersSampler(Sampler):
             for name, chosen in columns.items()
             if name in parameters
         }
+
+    @property
+    def precision(self) -> Precision:
+        return "float32" if self._started().dtype == torch.float32 else "half"
 
     def submit(self, request: SampleRequest) -> None:
         self._started()

@@ -28,11 +28,17 @@ from appo_lightning.samplers._common import (
     preserved_torch_rng,
 )
 from appo_lightning.samplers._vllm_adapters import checked_adapter, room_for_rank, set_adapter
-from appo_lightning.samplers._vllm_engine import import_vllm, preserved_process, shut_down, start_engine
+from appo_lightning.samplers._vllm_engine import (
+    import_vllm,
+    memory_of_sleepers,
+    preserved_process,
+    shut_down,
+    start_engine,
+)
 from appo_lightning.samplers._vllm_outputs import SampledLogprobs, StopDetector
 from appo_lightning.samplers._vllm_reading import ADAPTER_ID, WeightReader, count_cached_tokens
 from appo_lightning.samplers._vllm_writing import set_weights
-from appo_lightning.samplers.base import Completion, Sampler, SampleRequest, SamplerStats
+from appo_lightning.samplers.base import Completion, Precision, Sampler, SampleRequest, SamplerStats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -272,6 +278,14 @@ class VLLMSampler(Sampler):
             self._running().abort_request([str(i) for i in known])
 
     @property
+    def precision(self) -> Precision:
+        engine = self._running()
+        if engine.vllm_config.model_config.dtype != torch.float32:
+            return "half"
+        # vLLM's attention for float32 on a GPU is written in Triton, which multiplies in TF32.
+        return "tf32" if engine.vllm_config.device_config.device_type == "cuda" else "float32"
+
+    @property
     def num_slots(self) -> int:
         return self.max_num_seqs
 
@@ -298,11 +312,11 @@ class VLLMSampler(Sampler):
 
     def close(self) -> None:
         engine, self._engine, self._failure = self._engine, None, None
-        self._asleep = False
+        asleep, self._asleep = self._asleep, False
         self._unfinished.clear()
         self._stops.clear()
         if engine is not None:
-            shut_down(engine)
+            shut_down(engine, asleep=asleep)
 
     def _engine_arguments(self, checkpoint: str, config: Any, max_length: int) -> dict[str, Any]:
         from vllm.platforms import current_platform
@@ -328,6 +342,10 @@ class VLLMSampler(Sampler):
         }
         if self.kv_cache_mb is not None or (cpu and self.gpu_memory_utilization is None):
             arguments["kv_cache_memory_bytes"] = (self.kv_cache_mb or 256) << 20
+            if not cpu:
+                # Nothing is sized by it now, but vLLM still refuses to start unless this share of the GPU is free, and
+                # its default is nearly all.
+                arguments["gpu_memory_utilization"] = 0.01
         else:
             arguments["gpu_memory_utilization"] = self.gpu_memory_utilization or 0.4
         block_size = self.block_size or (32 if cpu else None)
@@ -346,6 +364,11 @@ class VLLMSampler(Sampler):
             raise ConfigurationError(
                 f"sampler.sleep_between_phases needs CUDA, the engine runs on {current_platform.device_type}: "
                 "set it to false"
+            )
+        if self.sleep_between_phases and (held := memory_of_sleepers()):
+            raise SamplerError(
+                "with sampler.sleep_between_phases vLLM can start one engine per process, and an earlier one still "
+                f"holds {held / 2**30:.1f} GiB: start again from the last checkpoint, or set it to false"
             )
 
     def _adapter_request(self) -> Any:

@@ -92,6 +92,7 @@ class Connection:
         self.server = server
         self._secrets = _secrets_of(server)
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  # closed by the thread
+        self._errors_lock = threading.Lock()  # the thread may close the file while it is read
         self._said = ""
         self._gone = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -197,8 +198,10 @@ class Connection:
     def _read_errors(self) -> str:
         # Not seek and read: the server shares the file's position. A little more, so that no secret is cut in two.
         length = _LAST_WORDS + max(map(len, self._secrets), default=0)
-        size = os.fstat(self._errors.fileno()).st_size
-        said = os.pread(self._errors.fileno(), length, max(0, size - length)).decode("utf-8", "replace")
+        with self._errors_lock:
+            number = self._errors.fileno()
+            size = os.fstat(number).st_size
+            said = os.pread(number, length, max(0, size - length)).decode("utf-8", "replace")
         return " ".join(self._without_secrets(said)[-_LAST_WORDS:].split())
 
     def _without_secrets(self, text: str) -> str:
@@ -216,7 +219,8 @@ class Connection:
                 self._ready.set_exception(error)
         finally:
             self._said = self._read_errors()
-            self._errors.close()
+            with self._errors_lock:
+                self._errors.close()
 
     async def _live(self) -> None:
         from mcp import Client

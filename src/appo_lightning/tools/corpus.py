@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import re
+import sys
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +180,8 @@ def bm25_postings(token_ids: Sequence[Sequence[int]], vocabulary: dict[str, int]
         nothing = np.empty(0, dtype=np.float32)
         return Postings(np.empty(0, dtype=np.int32), nothing, np.zeros(1, dtype=np.int64), len(token_ids), nothing)
     # Imported here: a run without search, and every --help, should not pay for it.
-    import bm25s
+    with _hidden("jax"):  # where it is installed bm25s tries it out, and JAX then takes three quarters of the GPU
+        import bm25s
 
     # bm25s sets its logger to DEBUG when imported, and reports every index it builds.
     logging.getLogger("bm25s").setLevel(logging.WARNING)
@@ -186,6 +189,19 @@ def bm25_postings(token_ids: Sequence[Sequence[int]], vocabulary: dict[str, int]
     index.index((token_ids, vocabulary), create_empty_token=False, show_progress=False)
     scores = index.scores
     return Postings(scores["indices"], scores["data"], scores["indptr"], len(token_ids))
+
+
+@contextmanager
+def _hidden(module: str) -> Iterator[None]:
+    """Imports inside do not find a module that is not imported yet."""
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[module]
 
 
 def _open_text(path: Path) -> Any:

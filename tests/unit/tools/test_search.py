@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -273,3 +274,18 @@ def test_words_ignore_case_accents_and_punctuation():
 
 def test_recorded_queries_are_compared_without_case_spacing_and_prefix():
     assert normalise_query(' Search query:  Who  WROTE "Emma"? ') == 'who wrote "emma'
+
+
+def test_an_index_leaves_jax_alone() -> None:
+    """Where it is installed bm25s would have it compute something, and JAX would take most of the GPU."""
+    script = (
+        "import sys, types\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        assert not name.startswith('jax'), name\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "from appo_lightning.tools.corpus import Corpus\n"
+        "print(len(Corpus(['one word', 'two sheep'], k1=1.5, b=0.75).rank('sheep', 1)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True)
+    assert done.stdout == "1\n", done.stderr
