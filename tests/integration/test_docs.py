@@ -29,7 +29,7 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").
 COMMENTED = [*sorted((ROOT / "configs").rglob("*.yaml")), *sorted(EXAMPLES.glob("*.yaml"))]
 # Commands that are shown and not checked here.
 NO_MATTER = ("OMP_NUM_THREADS=", "APPO_TEST_CONTAINERS=")
-OTHER_COMMANDS = {"source", "sudo", "pip", ".venv/bin/pip", "python3.11", ".venv/bin/tensorboard"}
+OTHER_COMMANDS = {"source", "sudo", "pip", "pytest", ".venv/bin/pip", "python3.11", ".venv/bin/tensorboard"}
 
 sys.path.insert(0, str(ROOT / "tools"))
 
