@@ -60,7 +60,7 @@ WATCHED: list[tuple[str, str, str]] = [
     ("appo_lightning.callbacks.tool_efficiency", "ToolCallEfficiency.on_train_batch_end", "statistics"),
     ("appo_lightning.callbacks.weight_sync", "SamplerWeightSync.on_train_batch_end", "statistics"),
     ("appo_lightning.callbacks.progress", "RolloutProgressBar.rollout", "progress bar"),
-    ("lightning.pytorch.callbacks", "TQDMProgressBar.on_train_batch_end", "progress bar"),
+    ("appo_lightning.callbacks.progress", "RolloutProgressBar.on_train_batch_end", "progress bar"),
     ("appo_lightning.policy.causal_lm", "CausalPolicy.score", "forward and backward"),
     ("appo_lightning.module", "AppoModule._loss", "forward and backward"),
     ("lightning.pytorch", "LightningModule.manual_backward", "forward and backward"),
