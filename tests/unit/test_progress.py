@@ -31,7 +31,7 @@ def test_the_bar_is_drawn_when_it_appears_twice_a_second_and_gone_with_the_last_
     shown = capsys.readouterr().out
     assert "branches" in shown
     assert "0/2" in shown
-    bar.teardown(None, None, "fit")  # type: ignore[arg-type]
+    bar.on_exception()
     assert set(capsys.readouterr().out) <= set("\n\r\x1b[A ")
 
 

@@ -43,10 +43,31 @@ class RolloutProgressBar(TQDMProgressBar):
             self._rollouts.n = done
             self._rollouts.refresh()
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    # Before the bar above it, which leaves the cursor where the next line begins.
+
+    def on_train_end(self, *args: Any) -> None:
+        self._close()
+        super().on_train_end(*args)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._close()
+        super().on_validation_end(trainer, pl_module)
+
+    def on_test_end(self, *args: Any) -> None:
+        self._close()
+        super().on_test_end(*args)
+
+    def on_predict_end(self, *args: Any) -> None:
+        self._close()
+        super().on_predict_end(*args)
+
+    def on_exception(self, *args: Any) -> None:
+        self._close()
+
+    def _close(self) -> None:
         if self._rollouts is not None:
             self._rollouts.close()
-            self._rollouts = None
+            self._rollouts = self._stage = None
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
