@@ -70,8 +70,11 @@ class MetricSums:
 
     def gathered(self) -> MetricSums:
         """The sums of all ranks, on every rank. Collective."""
+        parts = of_all_ranks(self._parts())
+        if len(parts) == 1:
+            return self
         merged = MetricSums()
-        for part in of_all_ranks(self._parts()):
+        for part in parts:
             for name, (total, count) in part["sums"].items():
                 merged.add_sum(name, total, count)
             for name, arrays in part["samples"].items():
