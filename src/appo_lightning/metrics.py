@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import statistics
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +14,9 @@ from torch import Tensor
 if TYPE_CHECKING:
     import lightning as L
     from lightning.pytorch.loggers import TensorBoardLogger
+    from tensorboard.compat.proto.summary_pb2 import HistogramProto
 
-Values = Iterable[float | bool | int] | Tensor | float
+Values = Iterable[float | bool | int] | Tensor | np.ndarray | float
 
 
 class MetricSums:
@@ -21,7 +24,7 @@ class MetricSums:
 
     def __init__(self) -> None:
         self._sums: dict[str, tuple[float, float]] = {}
-        self._samples: dict[str, list[float]] = {}
+        self._samples: dict[str, list[np.ndarray]] = {}
         self._ranked: dict[str, list[float]] = {}
         self._differences: dict[str, tuple[str, str]] = {}
 
@@ -34,17 +37,17 @@ class MetricSums:
             histogram: also keep them for a histogram.
         """
         if isinstance(values, Tensor):
-            array = values.detach().float().cpu().numpy().ravel()
-            total, count = float(array.sum(dtype=np.float64)), array.size
-            numbers = array.tolist() if histogram else []
-        else:  # a tensor of a few numbers would cost more than all of their arithmetic
-            numbers = [float(value) for value in values] if isinstance(values, Iterable) else [float(values)]
-            total, count = sum(numbers), len(numbers)
+            values = values.detach().float().cpu().numpy()
+        if isinstance(values, np.ndarray):
+            total, count = float(values.sum(dtype=np.float64)), values.size
+        else:  # an array of a few numbers would cost more than all of their arithmetic
+            values = list(map(float, values)) if isinstance(values, Iterable) else [float(values)]
+            total, count = sum(values), len(values)
         if count == 0:
             return
         self.add_sum(name, total, count)
         if histogram:
-            self._samples.setdefault(name, []).extend(numbers)
+            self._samples.setdefault(name, []).append(np.ravel(values))
 
     def add_sum(self, name: str, total: float, count: float) -> None:
         """Add a ratio's numerator and denominator."""
@@ -67,12 +70,15 @@ class MetricSums:
 
     def gathered(self) -> MetricSums:
         """The sums of all ranks, on every rank. Collective."""
+        parts = of_all_ranks(self._parts())
+        if len(parts) == 1:
+            return self
         merged = MetricSums()
-        for part in of_all_ranks(self._parts()):
+        for part in parts:
             for name, (total, count) in part["sums"].items():
                 merged.add_sum(name, total, count)
-            for name, values in part["samples"].items():
-                merged._samples.setdefault(name, []).extend(values)
+            for name, arrays in part["samples"].items():
+                merged._samples.setdefault(name, []).extend(arrays)
             for name, values in part["ranked"].items():
                 merged.add_percentiles(name, values)
             merged._differences.update(part["differences"])
@@ -91,8 +97,8 @@ class MetricSums:
         """Mean, percentile or difference by name."""
         means = {name: total / count for name, (total, count) in self._sums.items() if count}
         for name, values in self._ranked.items():
-            median, high = np.quantile(values, [0.5, 0.95]).tolist()
-            means |= {f"{name}_p50": median, f"{name}_p95": high}
+            steps = statistics.quantiles(values * 2 if len(values) == 1 else values, n=20, method="inclusive")
+            means |= {f"{name}_p50": steps[9], f"{name}_p95": steps[18]}
         for name, (first, second) in self._differences.items():
             if first in means and second in means:
                 means[name] = means[first] - means[second]
@@ -102,9 +108,9 @@ class MetricSums:
         """Number of values behind a mean."""
         return self._sums.get(name, (0.0, 0.0))[1]
 
-    def samples(self) -> dict[str, list[float]]:
+    def samples(self) -> dict[str, np.ndarray]:
         """Values kept for histograms."""
-        return self._samples
+        return {name: np.concatenate(arrays) for name, arrays in self._samples.items()}
 
 
 def of_all_ranks(value: Any) -> list[Any]:
@@ -137,20 +143,52 @@ def log_metrics(trainer: L.Trainer, sums: MetricSums, *, step: int | None = None
 
 
 def _write_event(
-    logger: TensorBoardLogger, means: Mapping[str, float], samples: Mapping[str, list[float]], step: int
+    logger: TensorBoardLogger, means: Mapping[str, float], samples: Mapping[str, np.ndarray], step: int
 ) -> None:
     """Everything as one event. Lightning makes one of each number, and waits for the thread that writes after ten."""
     from lightning.fabric.utilities.logger import _add_prefix
     from tensorboard.compat.proto.summary_pb2 import Summary
-    from torch.utils.tensorboard.summary import histogram
 
-    writer = logger.experiment
     named = _add_prefix(means, logger._prefix, logger.LOGGER_JOIN_CHAR)
-    event = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in named.items()])
-    bins = np.asarray(writer.default_bins)
+    told = [Summary.Value(tag=name, simple_value=value) for name, value in named.items()]
     for name, values in samples.items():
-        event.MergeFrom(histogram(f"{name}_distribution", np.asarray(values, dtype=np.float32), bins))
-    writer._get_file_writer().add_summary(event, step)
+        told.append(Summary.Value(tag=f"{name}_distribution", histo=_histogram(values)))
+    logger.experiment._get_file_writer().add_summary(Summary(value=told), step)
+
+
+@functools.cache
+def _bin_limits() -> np.ndarray:
+    """Right ends of TensorBoard's bins: each a tenth wider than the one nearer to 0."""
+    positive = 1e-12 * 1.1 ** np.arange(774)
+    return np.concatenate([-positive[::-1], [0.0], positive])
+
+
+def _histogram(values: np.ndarray) -> HistogramProto:
+    """The values in TensorBoard's bins; stretches of empty ones as one. torch writes hundreds between -1 and 1."""
+    from tensorboard.compat.proto.summary_pb2 import HistogramProto
+
+    numbers, limits = np.sort(values).astype(np.float64), _bin_limits()
+    counts = np.diff(numbers.searchsorted(limits))
+    kept = counts > 0
+    kept[:-1] |= kept[1:]  # an empty bin ends where one with values begins
+    return HistogramProto(
+        min=numbers[0],
+        max=numbers[-1],
+        num=len(numbers),
+        sum=numbers.sum(),
+        sum_squares=numbers.dot(numbers),
+        bucket_limit=limits[1:][kept].tolist(),
+        bucket=counts[kept].tolist(),
+    )
+
+
+def tell_trainer(trainer: L.Trainer, name: str, value: float) -> None:
+    """Show a number in the progress bar and let callbacks monitor it, like ``LightningModule.log``.
+
+    That keeps a metric of torchmetrics for it and takes 2 ms, of a step of the quick start a thousandth.
+    """
+    trainer.progress_bar_metrics[name] = value
+    trainer.callback_metrics[name] = torch.tensor(value)
 
 
 def tensorboard_writer(logger: Any) -> Any | None:

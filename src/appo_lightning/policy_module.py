@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -202,22 +203,22 @@ class PolicyModule(L.LightningModule):
                 losses.append(loss.detach())
                 # Strategies average gradients over ranks; ours is a sum.
                 self.manual_backward(loss * (self.trainer.world_size if own else 0.0))
-        self._require_finite(torch.stack(losses))
-        grad_norm = self._clip_gradients()
-        if not torch.isfinite(grad_norm):
-            raise NonFiniteLossError(f"the gradient norm is {grad_norm.item()} at step {self.global_step}")
+        self._require_finite(torch.stack(losses).tolist())
+        grad_norm = self._clip_gradients().item()
+        if not math.isfinite(grad_norm):
+            raise NonFiniteLossError(f"the gradient norm is {grad_norm} at step {self.global_step}")
         learning_rate = optimizer.param_groups[0]["lr"]
         optimizer.step()
         scheduler: Any = self.lr_schedulers()
         scheduler.step()
-        return StepResult(grad_norm=grad_norm.item(), learning_rate=learning_rate)
+        return StepResult(grad_norm=grad_norm, learning_rate=learning_rate)
 
-    def _require_finite(self, losses: Tensor) -> None:
-        # One question for all micro-batches: asking each would stop an accelerator each time. All ranks answer
-        # together: one that raised alone would leave the others waiting for it.
-        broken = losses[~torch.isfinite(losses)]
+    def _require_finite(self, losses: Sequence[float]) -> None:
+        # Of all micro-batches together: asking each would stop an accelerator each time. All ranks answer together:
+        # one that raised alone would leave the others waiting for it.
+        broken = [loss for loss in losses if not math.isfinite(loss)]
         if self.global_max(len(broken)):
-            found = f"{broken[0].item()}" if len(broken) else "NaN or infinite on another process"
+            found = f"{broken[0]}" if broken else "NaN or infinite on another process"
             raise NonFiniteLossError(f"the loss is {found} at step {self.global_step}")
 
     def _gradient_sync(self, *, last: bool) -> AbstractContextManager:

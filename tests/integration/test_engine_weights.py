@@ -17,6 +17,7 @@ from appo_lightning.errors import ConfigurationError, SamplerError, WeightSyncEr
 from appo_lightning.policy.causal_lm import CausalPolicy
 from appo_lightning.policy.options import LoraOptions, PolicyOptions
 from appo_lightning.samplers import _vllm_writing
+from appo_lightning.samplers._vllm_layers import VLLMLayers
 from appo_lightning.samplers.base import Completion, Sampler, SampleRequest, generate
 from appo_lightning.samplers.read_back import ReadBack, ReadBackResult
 from appo_lightning.samplers.transformers import TransformersSampler
@@ -173,7 +174,7 @@ def test_layers_that_take_weights_in_another_form_are_left_to_vllm(engine: Engin
     engine.sampler._engine.apply_model(models.append)
 
     def complete() -> bool:
-        return _vllm_writing.WeightWriter(models[0], shapes).complete
+        return _vllm_writing.WeightWriter(VLLMLayers(models[0]), shapes).complete
 
     assert complete()
     name = "model.layers.1.self_attn.k_proj.weight"
@@ -216,7 +217,7 @@ def test_a_weight_that_was_left_behind_is_named(engine: Engine, name: str) -> No
 def test_an_output_layer_that_was_not_packed_again_is_named(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = engine.policy()
     engine.push(policy)
-    monkeypatch.setattr(_vllm_writing, "repack_tied_head", lambda model: None)
+    monkeypatch.setattr(_vllm_writing, "repack_tied_head", lambda layers: None)
     perturb(policy, seed=3, scale=1e-6)
     assert engine.push(policy).different == ["model.embed_tokens.weight"]
 

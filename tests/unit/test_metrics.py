@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -11,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from appo_lightning import metrics as module
-from appo_lightning.metrics import MetricSums, log_metrics
+from appo_lightning.metrics import MetricSums, log_metrics, tell_trainer
 
 
 def test_a_mean_is_over_values_however_they_came():
@@ -58,7 +59,7 @@ def test_histograms_keep_the_values():
     metrics = MetricSums()
     metrics.add("m", [1.0, 2.0], histogram=True)
     metrics.add("m", 3.0)
-    assert metrics.samples() == {"m": [1.0, 2.0]}
+    assert {name: values.tolist() for name, values in metrics.samples().items()} == {"m": [1.0, 2.0]}
     assert metrics.means() == {"m": 2.0}
 
 
@@ -83,7 +84,7 @@ def test_ranks_are_weighted_by_what_they_hold(monkeypatch):
     percentiles = {"s_p50": 3.0, "s_p95": pytest.approx(4.8)}
     assert merged.means() == {"m": 4.0, "only there": 2.0, "m minus there": 2.0, **percentiles}
     assert merged.count("m") == 4
-    assert merged.samples() == {"m": [1.0, 5.0, 5.0, 5.0]}
+    assert {name: values.tolist() for name, values in merged.samples().items()} == {"m": [1.0, 5.0, 5.0, 5.0]}
 
 
 def test_percentiles_and_differences_need_values():
@@ -125,3 +126,32 @@ def test_a_call_is_one_event_with_every_number_and_histogram(tmp_path):
     }
     (shown,) = told.Histograms("m_distribution")
     assert (shown.step, shown.histogram_value.num, shown.histogram_value.sum) == (3, 3.0, 5.0)
+
+
+@pytest.mark.parametrize("values", [[-1.0, 0.0, 0.0, 1.0], [3.0], [1e-3, 2e-3, 0.5, 40.0], [-7.5, -7.25]])
+def test_a_histogram_has_the_bins_that_torch_gives_it_without_the_empty_ones(tmp_path, values):
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    metrics = MetricSums()
+    metrics.add("m", values, histogram=True)
+    log_metrics(SimpleNamespace(global_step=0, is_global_zero=True, loggers=[logger]), metrics)  # type: ignore[arg-type]
+    logger.experiment.add_histogram("torch", torch.tensor(values, dtype=torch.float64), 0)
+    logger.experiment.close()
+    told = EventAccumulator(str(tmp_path)).Reload()
+    (own,), (torchs,) = told.Histograms("m_distribution"), told.Histograms("torch")
+
+    def bins(shown):
+        limits = shown.histogram_value.bucket_limit
+        edges = zip([None, *limits], limits, shown.histogram_value.bucket, strict=False)
+        return [pytest.approx(number) for edge in edges if edge[2] for number in edge]
+
+    assert bins(own) == bins(torchs)
+    assert len(own.histogram_value.bucket) <= 2 * len(set(values))
+    for name in ("min", "max", "num", "sum", "sum_squares"):
+        assert getattr(own.histogram_value, name) == getattr(torchs.histogram_value, name)
+
+
+def test_what_the_trainer_is_told_can_be_monitored_and_is_shown(tmp_path):
+    trainer = L.Trainer(logger=False, accelerator="cpu", default_root_dir=tmp_path, barebones=False)
+    tell_trainer(trainer, "reward", 0.5)
+    assert trainer.progress_bar_metrics == {"reward": 0.5}
+    assert trainer.callback_metrics == {"reward": torch.tensor(0.5)}

@@ -1,8 +1,11 @@
 """The bar of rollouts shows where they are, and costs little."""
 
+import sys
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 from appo_lightning.callbacks import progress
 
@@ -25,4 +28,28 @@ def test_the_bar_is_drawn_when_it_appears_twice_a_second_and_gone_with_the_last_
     bar.rollout("roots", 4, 4)
     assert set(capsys.readouterr().out) <= set("\n\r\x1b[A ")  # wiped out
     bar.rollout("branches", 1, 2)
-    assert "branches" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "branches" in shown
+    assert "0/2" in shown
+    bar.on_exception()
+    assert set(capsys.readouterr().out) <= set("\n\r\x1b[A ")
+
+
+def test_a_disabled_bar_draws_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    bar = progress.RolloutProgressBar()
+    bar.disable()
+    for done in (1, 2):
+        bar.rollout("roots", done, 2)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_mini_batch_draws_the_bar_of_the_run_once(capsys: pytest.CaptureFixture[str]) -> None:
+    bar = progress.RolloutProgressBar()
+    bar.enable()
+    bar.train_progress_bar = Tqdm(total=4, file=sys.stdout)
+    capsys.readouterr()
+    trainer: Any = SimpleNamespace(progress_bar_metrics={"reward": 0.5})
+    bar.on_train_batch_end(trainer, None, None, None, batch_idx=1)  # type: ignore[arg-type]
+    shown = capsys.readouterr().out
+    assert shown.count("2/4") == 1
+    assert "reward=0.500" in shown

@@ -10,44 +10,72 @@ import lightning as L
 from lightning.pytorch.callbacks import TQDMProgressBar
 from tqdm.auto import tqdm
 
+_INTERVAL = 0.5  # seconds; drawing costs more than finishing a short rollout
+
 
 class RolloutProgressBar(TQDMProgressBar):
     """Lightning's bar, and below it one for the rollouts of the current mini-batch or validation."""
 
     def __init__(self, refresh_rate: int = 1) -> None:
         super().__init__(refresh_rate=refresh_rate)
-        self._rollouts: tqdm | None = None
-        self._stage = ""
-        self._drawn = 0.0
+        self._rollouts: tqdm | None = None  # made once: a new one takes longer than drawing it
+        self._stage: str | None = None  # that the bar shows; None: it is wiped out
+        self._due = 0.0
 
     def rollout(self, stage: str, done: int, total: int) -> None:
         """Show how many rollouts of a stage are finished."""
-        if self.is_disabled or not self._is_enabled:
-            return
         now = time.monotonic()
-        if self._rollouts is None or stage != self._stage:
-            self._close()
-            self._rollouts = tqdm(
-                desc=f"  {stage}", total=total, position=2, leave=False, file=sys.stdout, dynamic_ncols=True
-            )
-            self._stage, self._drawn = stage, now
+        if done < total and now < self._due and stage == self._stage:
+            return
+        if not self.is_enabled:
+            return
+        if self._rollouts is None:
+            self._rollouts = tqdm(total=total, position=2, leave=False, file=sys.stdout, dynamic_ncols=True)
+        self._due = now + _INTERVAL
         if done == total:
-            self._close()
-        elif now - self._drawn > 0.5:  # drawing costs more than finishing a short rollout
-            self._rollouts.n, self._rollouts.total = done, total
+            self._rollouts.clear()
+            self._stage = None
+        elif stage != self._stage:
+            self._rollouts.set_description_str(f"  {stage}", refresh=False)
+            self._rollouts.reset(total)
+            self._stage = stage
+        else:
+            self._rollouts.n = done
             self._rollouts.refresh()
-            self._drawn = now
 
-    @property
-    def _is_enabled(self) -> bool:
-        return bool(self.is_enabled)
+    # Before the bar above it, which leaves the cursor where the next line begins.
+
+    def on_train_end(self, *args: Any) -> None:
+        self._close()
+        super().on_train_end(*args)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._close()
+        super().on_validation_end(trainer, pl_module)
+
+    def on_test_end(self, *args: Any) -> None:
+        self._close()
+        super().on_test_end(*args)
+
+    def on_predict_end(self, *args: Any) -> None:
+        self._close()
+        super().on_predict_end(*args)
+
+    def on_exception(self, *args: Any) -> None:
+        self._close()
 
     def _close(self) -> None:
         if self._rollouts is not None:
             self._rollouts.close()
-            self._rollouts = None
+            self._rollouts = self._stage = None
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        bar = self.train_progress_bar
+        if self._should_update(batch_idx + 1, bar.total):
+            bar.n = batch_idx + 1
+            bar.set_postfix(self.get_metrics(trainer, pl_module))  # draws it; Lightning's draws it before as well
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        items = super().get_metrics(trainer, pl_module)
-        items.pop("v_num", None)
-        return items
+        return {**trainer.progress_bar_metrics}  # without the number of the version, of which there is one

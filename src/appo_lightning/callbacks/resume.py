@@ -109,12 +109,12 @@ class GracefulStop(L.Callback):
         self.received = self.received or number
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
-        number = torch.tensor(self.received or 0, device=pl_module.device)
         if trainer.world_size > 1:
+            number = torch.tensor(self.received or 0, device=pl_module.device)
             torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
-        if not number.item():
+            self.received = int(number) or None
+        if self.received is None:
             return
-        self.received = int(number)
         self._save(trainer)
         trainer.should_stop = True
 

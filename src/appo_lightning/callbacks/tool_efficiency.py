@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, get_args
 
@@ -11,7 +12,7 @@ from appo_lightning.batching import EvaluationBatch, ProcedureBatch
 from appo_lightning.datamodule import RolloutDataModule
 from appo_lightning.metrics import MetricSums, log_metrics
 from appo_lightning.tools.base import Tool
-from appo_lightning.types import ToolError, Trajectory
+from appo_lightning.types import ToolCall, ToolError, Trajectory
 
 
 class ToolCallEfficiency(L.Callback):
@@ -94,8 +95,7 @@ def add_tool_metrics(
     metrics.add(f"{prefix}/seconds_per_call", [call.seconds for call in calls])
     for name in names:
         _add_one_tool(metrics, trajectories, name, prefix=f"{prefix}/{name}")
-    for error in get_args(ToolError):
-        metrics.add(f"{prefix}/error_{error}_rate", [float(call.error == error) for call in calls])
+    _add_errors(metrics, calls, prefix=f"{prefix}/error")
     successes = sum(bool(trajectory.success) for trajectory in trajectories)
     metrics.add_sum(f"{prefix}/calls_per_success", len(calls), successes)
     for outcome, name in ((True, "successes"), (False, "failures")):
@@ -107,18 +107,22 @@ def _add_one_tool(metrics: MetricSums, trajectories: Sequence[Trajectory], name:
     calls = [call for trajectory in trajectories for call in trajectory.tool_calls if call.name == name]
     metrics.add_sum(f"{prefix}_calls_per_trajectory", len(calls), len(trajectories))
     metrics.add(f"{prefix}_failure_rate", [float(not call.succeeded) for call in calls])
-    for error in get_args(ToolError):
-        metrics.add(f"{prefix}_error_{error}_rate", [float(call.error == error) for call in calls])
+    _add_errors(metrics, calls, prefix=f"{prefix}_error")
     metrics.add(f"{prefix}_result_tokens", [call.output_stop - call.output_start for call in calls])
     metrics.add(f"{prefix}_seconds_per_call", [call.seconds for call in calls])
     # A call that was refused never reached the tool: it says nothing about how long that takes.
     metrics.add_percentiles(f"{prefix}_seconds", [c.seconds for c in calls if c.error not in ("limit", "malformed")])
     metrics.add_sum(f"{prefix}_calls_per_success", len(calls), sum(bool(t.success) for t in trajectories))
-    for used, group in ((True, "with"), (False, "without")):
-        outcomes = [
-            float(t.success)
-            for t in trajectories
-            if t.success is not None and any(call.name == name for call in t.tool_calls) is used
-        ]
-        metrics.add(f"{prefix}_success_{group}", outcomes)
+    outcomes: dict[bool, list[bool]] = {True: [], False: []}  # by whether the tool was used
+    for trajectory in trajectories:
+        if trajectory.success is not None:
+            outcomes[any(call.name == name for call in trajectory.tool_calls)].append(trajectory.success)
+    metrics.add(f"{prefix}_success_with", outcomes[True])
+    metrics.add(f"{prefix}_success_without", outcomes[False])
     metrics.add_difference(f"{prefix}_success_gain", f"{prefix}_success_with", f"{prefix}_success_without")
+
+
+def _add_errors(metrics: MetricSums, calls: Sequence[ToolCall], *, prefix: str) -> None:
+    kinds = Counter(call.error for call in calls)
+    for error in get_args(ToolError):
+        metrics.add_sum(f"{prefix}_{error}_rate", kinds[error], len(calls))

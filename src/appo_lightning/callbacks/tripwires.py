@@ -173,6 +173,8 @@ def control_marks(tools: Sequence[str], tokenizer: Any) -> re.Pattern[str]:
 
 def speaks_for_the_policy(call: ToolCall, marks: re.Pattern[str]) -> bool:
     """Whether a result held a tag or special token that does not stand in the argument, which many tools quote."""
+    if not marks.search(call.result):  # nearly always
+        return False
     if not _reached_its_tool(call):  # what the policy read is no tool's answer
         return False
     held = {match.group()[0] + match.group()[1:].lstrip() for match in marks.finditer(call.result)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Literal
 
@@ -222,7 +222,7 @@ def plan_branches(
         max_response_tokens=max_response_tokens,
         min_remaining=options.min_remaining,
     )
-    tree_of_root = torch.tensor([i for i, tree in enumerate(trees) for _ in tree.roots])
+    tree_of_root = [i for i, tree in enumerate(trees) for _ in tree.roots]
     count: int | list[int] = options.num_branches
     if options.scope == "root":
         count = options.num_branches // options.num_roots
@@ -233,7 +233,7 @@ def plan_branches(
         scored.entropy_z,
         scored.future_value_z,
         candidates,
-        tree_of_root,
+        torch.tensor(tree_of_root),
         count=count,
         scope=options.scope,
         eligible=scored.eligible,
@@ -241,8 +241,9 @@ def plan_branches(
     plan: list[list[BranchPoint]] = [[] for _ in trees]
     first_root = list(accumulate((len(tree.roots) for tree in trees), initial=0))
     for point in chosen:
-        tree_index = int(tree_of_root[point.root])
-        plan[tree_index].append(replace(point, root=point.root - first_root[tree_index]))
+        tree_index = tree_of_root[point.root]
+        point.root -= first_root[tree_index]
+        plan[tree_index].append(point)
     return BranchPlan(plan, scored.fallback.tolist())
 
 

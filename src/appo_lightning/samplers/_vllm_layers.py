@@ -8,8 +8,16 @@ from __future__ import annotations
 from typing import Any
 
 
+def layers_of(worker: Any) -> VLLMLayers:
+    """The layers of a worker's model: they last as long as it does, and are looked for once."""
+    if not hasattr(worker, "appo_layers"):
+        worker.appo_layers = VLLMLayers(worker.get_model())
+    layers: VLLMLayers = worker.appo_layers
+    return layers
+
+
 class VLLMLayers:
-    """Finds layers; as they are now, so it is made anew for each use.
+    """Finds layers.
 
     Args:
         model: vLLM's.
@@ -18,7 +26,8 @@ class VLLMLayers:
     def __init__(self, model: Any) -> None:
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
-        self._model = model
+        self.model = model
+        self._places: dict[str, list[tuple[Any, int | None]]] = {}
         modules = list(model.modules())
         self.heads = [module for module in modules if isinstance(module, ParallelLMHead)]
         self.embeddings = [
@@ -51,9 +60,14 @@ class VLLMLayers:
 
     def places(self, module: str) -> list[tuple[Any, int | None]]:
         """Layers that hold a module's weight, each with the module's number inside a fused one; [] if there is none."""
+        if module not in self._places:
+            self._places[module] = self._find(module)
+        return self._places[module]
+
+    def _find(self, module: str) -> list[tuple[Any, int | None]]:
         path, index = self.path(module)
         try:
-            layer = self._model.get_submodule(path)
+            layer = self.model.get_submodule(path)
         except AttributeError:
             return []
         layer = getattr(layer, "base_layer", layer)  # below an adapter

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from appo_lightning.samplers._vllm_layers import VLLMLayers, is_packed, is_unquantised, rows_of
+from appo_lightning.samplers._vllm_layers import is_packed, is_unquantised, layers_of, rows_of
 
 if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
@@ -40,7 +40,7 @@ class WeightReader:
 
     def __init__(self, worker: Any, columns: Mapping[str, Sequence[int]]) -> None:
         self._columns = columns
-        self._layers = VLLMLayers(worker.get_model())
+        self._layers = layers_of(worker)
         self._manager = getattr(getattr(worker.model_runner, "lora_manager", None), "_adapter_manager", None)
         self._places: dict[str, list[tuple[Any, int | None]]] = {}
         # Parts of a fused layer share one: their columns are the same.

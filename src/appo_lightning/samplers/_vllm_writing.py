@@ -8,13 +8,14 @@ Runs in the process of the engine, by ``collective_rpc``. Axis letters: ``K`` in
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from appo_lightning.errors import SamplerError
-from appo_lightning.samplers._vllm_layers import VLLMLayers, is_packed, is_unquantised, rows_of
+from appo_lightning.samplers._vllm_layers import VLLMLayers, is_packed, is_unquantised, layers_of, rows_of
 
 
 def set_weights(worker: Any, weights: Iterable[tuple[str, Tensor]], shapes: Mapping[str, torch.Size]) -> None:
@@ -25,13 +26,13 @@ def set_weights(worker: Any, weights: Iterable[tuple[str, Tensor]], shapes: Mapp
         weights: as in ``Sampler.load_weights``, each of ``shapes`` once.
         shapes: by transformers' names.
     """
-    model = worker.get_model()
-    writer = WeightWriter(model, shapes)
-    if writer.complete:
-        writer.write(weights)
+    if not hasattr(worker, "appo_writer"):  # lasts as long as the engine
+        worker.appo_writer = WeightWriter(layers_of(worker), shapes)
+    if worker.appo_writer.complete:
+        worker.appo_writer.write(weights)
     else:
         worker.reload_weights(weights_iterator=weights)
-    repack_tied_head(model)
+    repack_tied_head(layers_of(worker))
 
 
 class WeightWriter:
@@ -41,19 +42,19 @@ class WeightWriter:
     the model was loaded and keeps account of what arrives, which takes most of a push of a small policy.
 
     Args:
-        model: vLLM's.
+        layers: of vLLM's model.
         shapes: of the weights that will come, by transformers' names.
     """
 
-    def __init__(self, model: Any, shapes: Mapping[str, torch.Size]) -> None:
-        self._model, self._shapes = model, shapes
-        layers = VLLMLayers(model)
+    def __init__(self, layers: VLLMLayers, shapes: Mapping[str, torch.Size]) -> None:
+        self._model, self._shapes = layers.model, shapes
         self._heads = layers.heads
         # A tied output layer comes last among its weight's places, and is packed behind all weights.
         self._places = {name: layers.places(name.rpartition(".")[0])[:1] for name in shapes}
+        self._packed = {layer for places in self._places.values() for layer, _ in places if is_packed(layer)}
         self._parts: dict[Any, dict[int, Tensor]] = {}  # of a packed layer, as far as they have arrived
 
-    @property
+    @cached_property
     def complete(self) -> bool:
         """Whether every weight has a place that takes it as it is, and every place has its weight."""
         from vllm.model_executor.layers.attention import Attention
@@ -83,7 +84,7 @@ class WeightWriter:
         if leaf == "weight" and getattr(layer, "quant_method", None) is not None:
             if not is_unquantised(layer):
                 return False
-            if not is_packed(layer) or layer in self._heads:
+            if layer not in self._packed or layer in self._heads:
                 return tuple(shape) == (layer.org_vocab_size, layer.embedding_dim)
             rows = rows_of(layer, index)
             return tuple(shape) == (rows.stop - rows.start, layer.input_size)
@@ -95,7 +96,7 @@ class WeightWriter:
         for name, tensor in weights:
             layer, index = self._places[name][0]
             leaf = name.rpartition(".")[2]
-            if leaf != "weight" or not is_packed(layer):
+            if leaf != "weight" or layer not in self._packed:
                 getattr(layer, leaf).data[rows_of(layer, index)].copy_(tensor)
             elif layer in self._heads:
                 layer.weight.data[rows_of(layer, index)].copy_(tensor)
@@ -110,14 +111,13 @@ class WeightWriter:
                     del self._parts[layer]
 
 
-def repack_tied_head(model: Any) -> None:
+def repack_tied_head(layers: VLLMLayers) -> None:
     """Give a tied output layer the embedding's weight, also in its packed copy."""
     # On a CPU the output layer multiplies with a packed copy of its weight. `reload_weights` refreshes the copies of
     # layers that receive weights; a tied output layer receives none and would keep the old policy.
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
     from vllm.platforms import current_platform
 
-    layers = VLLMLayers(model)
     if not current_platform.is_cpu() or not layers.tied:
         return
     heads, inputs = layers.heads, layers.embeddings

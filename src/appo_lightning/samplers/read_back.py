@@ -43,6 +43,7 @@ class ReadBack:
         self._places = [(i + shift) / columns for i in range(columns)]  # as shares of the width
         self._noted: dict[str, Tensor] = {}
         self._columns: dict[str, list[int]] = {}
+        self._chosen: dict[tuple[int, torch.device], tuple[list[int], Tensor]] = {}
         self._unnoted = 0
 
     def noting(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -51,12 +52,18 @@ class ReadBack:
             if tensor.dim() == 1:
                 self._columns[name], self._noted[name] = [], tensor.detach().clone()
             elif tensor.dim() == 2:
-                chosen = sorted({int(place * tensor.shape[1]) for place in self._places})
-                index = torch.tensor(chosen, dtype=torch.long, device=tensor.device)
+                chosen, index = self._choose(tensor.shape[1], tensor.device)
                 self._columns[name], self._noted[name] = chosen, tensor.detach().index_select(1, index)
             else:
                 self._unnoted += 1
             yield name, tensor
+
+    def _choose(self, width: int, device: torch.device) -> tuple[list[int], Tensor]:
+        """The columns of a matrix; most have one of a few widths."""
+        if (width, device) not in self._chosen:
+            chosen = sorted({int(place * width) for place in self._places})
+            self._chosen[width, device] = chosen, torch.tensor(chosen, dtype=torch.long, device=device)
+        return self._chosen[width, device]
 
     @contextmanager
     def comparing(self, sampler: Sampler) -> Iterator[ReadBackResult]:
