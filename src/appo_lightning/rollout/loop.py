@@ -33,7 +33,7 @@ from appo_lightning.types import Task, ToolError, Trajectory
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_SETTLE_S = 0.05  # so much longer a session may stay open that is over, and nobody is told
+_SETTLE_S = 0.1  # so much longer a session may stay open that is over, and nobody is told
 
 
 @dataclass(slots=True)
@@ -99,7 +99,7 @@ class RolloutLoop:
         Args:
             prefixes: any number; those that the sampler has no slot for wait.
             policy_version: recorded in the trajectories.
-            progress: called with (finished, total) some time after some finished, at most 20 times a second.
+            progress: called with (finished, total) some time after some finished, at most 10 times a second.
 
         Returns:
             Trajectories in the order of the prefixes.
