@@ -48,6 +48,8 @@ WATCHED: list[tuple[str, str, str]] = [
     ("appo_lightning.callbacks.weight_sync", "SamplerWeightSync._read_and_ask", "sync checks"),
     ("appo_lightning.callbacks.weight_sync", "SamplerWeightSync._compare", "sync checks"),
     ("appo_lightning.rollout.loop", "RolloutLoop.run", "loop"),
+    # Only a wait in which no rollout can go on is the tools': a look at what has ended is the loop's.
+    ("appo_lightning.rollout.loop", "RolloutLoop._wait_for_tools", "tools"),
     ("appo_lightning.rollout.runner", "score_rewards", "reward"),
     ("appo_lightning.rollout.runner", "plan_branches", "plan and batch"),
     ("appo_lightning.rollout.runner", "build_batch", "plan and batch"),
@@ -134,8 +136,6 @@ def watch(clock: Clock) -> None:
     """Wrap what is watched."""
     import torch
 
-    from appo_lightning.rollout.toolpool import ToolPool
-
     def wrap(owner: Any, name: str, row_of: Callable[..., str]) -> None:
         function = getattr(owner, name)
 
@@ -154,8 +154,6 @@ def watch(clock: Clock) -> None:
             wrap(owner, name, lambda _: "forward and backward" if torch.is_grad_enabled() else "forward")
         else:
             wrap(owner, name, lambda _, row=row: row)
-    # Only a wait is the tools': a look at what has ended is the loop's.
-    wrap(ToolPool, "poll", lambda options: "tools" if options.get("wait_s") else "loop")
 
 
 def measure(arguments: list[str], *, warm_up: int, steps: int) -> dict[str, Any]:

@@ -7,7 +7,6 @@ import threading
 import weakref
 from collections.abc import Callable
 
-_REST_S = 0.05  # so much longer a session may stay open that is over
 _Closes = tuple[Callable[[], None], ...]
 
 
@@ -15,14 +14,13 @@ class Closer:
     """Closes sessions one after the other in a daemon thread, which lives as long as this.
 
     On a busy machine the thread that generates would lose half a millisecond to each: whoever was waiting for the
-    session wakes and takes its place. Waking this thread has its price too, a tenth of a millisecond: several sessions
-    are handed over at once, and behind each handful it rests before it waits for more, so that it need not be woken.
+    session wakes and takes its place. Waking this thread has its price too, a tenth of a millisecond: better several
+    sessions at once.
     """
 
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[_Closes | None] = queue.SimpleQueue()  # None ends the thread
         self._failures: list[BaseException] = []
-        self._hurry = threading.Event()  # no rest now
         self._started = False
         weakref.finalize(self, self._queue.put, None)
 
@@ -32,7 +30,7 @@ class Closer:
             return
         if not self._started:
             self._started = True
-            shared = (self._queue, self._hurry, self._failures)  # not self, which would live as long as the thread
+            shared = (self._queue, self._failures)  # not self, which would live as long as the thread
             threading.Thread(target=_work, args=shared, daemon=True, name="appo-tool-close").start()
         self._queue.put(closes)
 
@@ -45,18 +43,14 @@ class Closer:
         if not self._started:
             return
         done = threading.Event()
-        self._hurry.set()
         self._queue.put((done.set,))
         done.wait()
-        self._hurry.clear()
         failures, self._failures[:] = list(self._failures), []
         if failures:
             raise failures[0]
 
 
-def _work(
-    handed_over: queue.SimpleQueue[_Closes | None], hurry: threading.Event, failures: list[BaseException]
-) -> None:
+def _work(handed_over: queue.SimpleQueue[_Closes | None], failures: list[BaseException]) -> None:
     while (closes := handed_over.get()) is not None:
         for close in closes:
             try:
@@ -64,5 +58,3 @@ def _work(
             except BaseException as error:  # told by ``wait``
                 failures.append(error)
         del close, closes  # while it waits, the thread keeps nothing alive
-        if handed_over.empty():
-            hurry.wait(_REST_S)

@@ -22,7 +22,7 @@ class Prefix:
     tool_calls: list[ToolCall] = field(default_factory=list)  # those whose result lies inside response_ids
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Answer:
     """What a call was answered with."""
 

@@ -33,6 +33,8 @@ from appo_lightning.types import Task, ToolError, Trajectory
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_SETTLE_S = 0.1  # so much longer a session may stay open that is over, and nobody is told
+
 
 @dataclass(slots=True)
 class LoopStatistics:
@@ -97,7 +99,7 @@ class RolloutLoop:
         Args:
             prefixes: any number; those that the sampler has no slot for wait.
             policy_version: recorded in the trajectories.
-            progress: called with (finished, total) after each step of the engine in which some finished.
+            progress: called with (finished, total) some time after some finished, at most 10 times a second.
 
         Returns:
             Trajectories in the order of the prefixes.
@@ -114,6 +116,7 @@ class RolloutLoop:
         generating: dict[int, Episode] = {}
         ended: list[Episode] = []  # since the last ``settle``
         finished = restarts = 0
+        settle_at = started + _SETTLE_S
         self._broken: EngineFailure | None = None
         watchdog = Watchdog(self._limits.stall_timeout_s)
         patience = math.inf if self._limits.patience_s is None else self._limits.patience_s
@@ -125,26 +128,29 @@ class RolloutLoop:
                 ended.append(episode)
 
         def settle() -> None:
-            """Once for all that ended in a step: each close wakes a thread, each report may draw a bar."""
-            nonlocal finished
+            """Once for all that ended in a while: each close wakes a thread, each report may draw a bar."""
+            nonlocal finished, settle_at
             if ended:
                 self._close(ended)
                 finished += len(ended)
                 ended.clear()
                 if progress is not None:
                     progress(finished, len(episodes))
+                settle_at = time.monotonic() + _SETTLE_S
 
         try:
             with watchdog.watching():
                 for episode in episodes:
                     advance(episode)
                 while generating or len(waiting) or len(pool):
-                    settle()
                     if not generating:
                         watchdog.rest()
                     if generating or len(waiting):
+                        if ended and time.monotonic() >= settle_at:
+                            settle()
                         outcomes = pool.poll()
                     else:
+                        settle()
                         outcomes, waited = self._wait_for_tools(pool, patience)
                         patience -= waited
                         if not outcomes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import queue
 import threading
 import time
@@ -58,6 +59,7 @@ class ToolPool(Generic[K]):
         self._numbers = itertools.count()
         self._waiting: deque[_Call[K]] = deque()
         self._running: dict[int, _Call[K]] = {}
+        self._next_deadline = math.inf  # no call that runs has an earlier one
         self._answers: queue.SimpleQueue[tuple[int, ToolOutcome[K] | AppoError]] = queue.SimpleQueue()
         self._started: queue.SimpleQueue[tuple[int, _Call[K]] | None] = queue.SimpleQueue()  # None ends the threads
         self._threads = 0  # that take calls; a thread of a call given up takes none again
@@ -84,12 +86,15 @@ class ToolPool(Generic[K]):
         until = time.monotonic() + wait_s
         wait_s = 0.0
         while self._running:
-            outcomes = self._answered(wait_s) + self._expired()
-            self._start_waiting()
-            left = until - time.monotonic()
-            if outcomes or left <= 0:
+            outcomes = self._answered(wait_s)
+            now = time.monotonic()
+            if now >= self._next_deadline:
+                outcomes += self._expired(now)
+            if outcomes:
+                self._start_waiting()
+            if outcomes or now >= until:
                 return outcomes
-            wait_s = min(left, self._seconds_to_next_deadline())
+            wait_s = min(until - now, max(self._next_deadline - now, 0.0005), _LONGEST_WAIT_S)
         return []
 
     def abandon(self) -> None:
@@ -102,6 +107,7 @@ class ToolPool(Generic[K]):
         while self._waiting and len(self._running) < self._workers:
             number, call = next(self._numbers), self._waiting.popleft()
             call.started = time.monotonic()
+            self._next_deadline = min(self._next_deadline, call.started + call.timeout_s)
             self._running[number] = call
             self._started.put((number, call))
             if len(self._running) > self._threads:
@@ -118,32 +124,31 @@ class ToolPool(Generic[K]):
 
     def _answered(self, wait_s: float) -> list[ToolOutcome[K]]:
         """Answers handed in, but for those of calls given up; waits for the first."""
-        outcomes = []
-        with suppress(queue.Empty):
-            while wait_s > 0 or not self._answers.empty():  # no other thread takes any
-                number, answer = self._answers.get(timeout=wait_s)
-                wait_s = 0.0
-                if self._running.pop(number, None) is None:
-                    continue
-                if isinstance(answer, AppoError):
-                    raise answer
-                outcomes.append(answer)
+        outcomes: list[ToolOutcome[K]] = []
+        if wait_s > 0:
+            with suppress(queue.Empty):
+                self._take(*self._answers.get(timeout=wait_s), outcomes)
+        while not self._answers.empty():  # no other thread takes any
+            self._take(*self._answers.get(), outcomes)
         return outcomes
 
-    def _expired(self) -> list[ToolOutcome[K]]:
+    def _take(self, number: int, answer: ToolOutcome[K] | AppoError, outcomes: list[ToolOutcome[K]]) -> None:
+        if self._running.pop(number, None) is None:
+            return
+        if isinstance(answer, AppoError):
+            raise answer
+        outcomes.append(answer)
+
+    def _expired(self, now: float) -> list[ToolOutcome[K]]:
         """Give up the calls whose time is over."""
         outcomes = []
-        now = time.monotonic()
         for number, call in list(self._running.items()):
             if now - call.started >= call.timeout_s:
                 self._give_up(number)
                 failure = ToolFailure(f"no answer within {call.timeout_s:g} seconds", kind="timeout")
                 outcomes.append(ToolOutcome(call.key, str(failure), failure, now - call.started))
+        self._next_deadline = min((call.started + call.timeout_s for call in self._running.values()), default=math.inf)
         return outcomes
-
-    def _seconds_to_next_deadline(self) -> float:
-        deadline = min(call.started + call.timeout_s for call in self._running.values())
-        return min(max(deadline - time.monotonic(), 0.0005), _LONGEST_WAIT_S)
 
 
 def _work(started: queue.SimpleQueue[tuple[int, _Call] | None], answers: queue.SimpleQueue) -> None:

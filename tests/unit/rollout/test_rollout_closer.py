@@ -1,7 +1,6 @@
 """Sessions are closed beside generation, all of them before a run ends."""
 
 import threading
-import time
 
 import pytest
 
@@ -31,20 +30,6 @@ def test_a_close_that_raises_is_told_once_and_the_next_one_still_happens():
         closer.wait()
     assert closed == ["second", "third"]
     closer.wait()
-
-
-def test_what_comes_while_the_thread_rests_is_closed_by_itself_and_a_wait_does_not_rest():
-    closer, closed, second = Closer(), [], threading.Event()
-    closer.submit(lambda: closed.append("first"))
-    time.sleep(0.02)
-    closer.submit(second.set)
-    assert second.wait(5)
-    started = time.monotonic()
-    for _ in range(20):
-        closer.submit(lambda: closed.append("another"))
-        closer.wait()
-    assert closed == ["first", *["another"] * 20]
-    assert time.monotonic() - started < 1.0
 
 
 def test_the_thread_ends_with_its_owner():

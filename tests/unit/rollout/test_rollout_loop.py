@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from appo_lightning.errors import ConfigurationError, DataError, SamplerError
-from appo_lightning.rollout import closer
+from appo_lightning.rollout import loop as rollout_loop
 from appo_lightning.rollout.episode import Prefix
 from appo_lightning.rollout.formats import plain_text
 from appo_lightning.rollout.limits import RolloutLimits
@@ -329,13 +329,24 @@ def test_slow_calls_overlap():
     assert time.monotonic() - started < 12 * 0.3 / 2
 
 
-def test_progress_counts_every_trajectory_and_tells_once_per_step():
+def test_progress_counts_every_trajectory_and_tells_once_per_step(monkeypatch):
+    monkeypatch.setattr(rollout_loop, "_SETTLE_S", 0.0)
     seen: list[tuple[int, int]] = []
     sampler = ScriptedSampler(after({"": f"ok{EOS}"}), steps=lambda request: 1 + request.id // 2)
     loop = RolloutLoop(sampler, [EchoTool()], scripted_tokenizer(), RolloutLimits())
     loop.run(tasks(5), policy_version=0, progress=lambda done, total: seen.append((done, total)))
     assert seen == [(2, 5), (4, 5), (5, 5)]
     assert loop.run([], policy_version=0) == []
+
+
+def test_progress_is_told_rarely_but_before_a_wait_for_tools_and_at_the_end(monkeypatch):
+    monkeypatch.setattr(rollout_loop, "_SETTLE_S", 60.0)
+    seen: list[tuple[int, int]] = []
+    tool = EchoTool(seconds=lambda argument: 0.2)
+    script = after({"t3?": "<search>slow</search>", "": f"ok{EOS}"})
+    loop = RolloutLoop(ScriptedSampler(script), [tool], scripted_tokenizer(), RolloutLimits())
+    loop.run(tasks(4), policy_version=0, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(3, 4), (4, 4)]
 
 
 def test_statistics_count_tokens_and_calls_once():
@@ -400,7 +411,7 @@ def test_a_session_that_opens_too_late_never_gets_the_call():
 
 
 def test_sessions_are_closed_when_their_trajectory_ends_not_when_all_have(monkeypatch):
-    monkeypatch.setattr(closer, "_REST_S", 0.0)
+    monkeypatch.setattr(rollout_loop, "_SETTLE_S", 0.0)
     open_sessions: list[int] = []
 
     class Counting(HangingTool):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 UNKNOWN_TOOL = "unknown"  # the name of a call that names no tool: the policy must not make names up for our metrics
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ParsedCall:
     """A tool call that a turn holds."""
 
@@ -26,7 +26,7 @@ class ParsedCall:
     problem: str = ""  # what is wrong with a malformed one, for the policy to read
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Turn:
     """What a turn means for the rollout; neither calls nor ``over``: the policy goes on writing."""
 
@@ -35,7 +35,7 @@ class Turn:
     stop: tuple[str, ...] = ()  # strings that end the turn, should it go on
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class EncodedResult:
     """A tool result as it enters the trajectory."""
 

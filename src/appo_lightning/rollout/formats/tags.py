@@ -98,7 +98,10 @@ def parse_call(turn: str, tool_names: Iterable[str]) -> ParsedCall | None:
             token that completes it may carry more text behind it (a line break, ``</``), which is no part of the call.
         tool_names: the tools at hand.
     """
-    stop, name = max(((turn.rfind(f"</{name}>"), name) for name in tool_names), default=(-1, ""))
+    stop, name = -1, ""
+    for tool in tool_names:
+        if (found := turn.rfind(f"</{tool}>")) > stop:
+            stop, name = found, tool
     if stop < 0:
         return None
     _, opening, argument = turn[:stop].rpartition(f"<{name}>")
