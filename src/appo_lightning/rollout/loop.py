@@ -174,6 +174,8 @@ class RolloutLoop:
                         self._absorb_tokens(episode, completion)
                         advance(episode)
                 settle()
+            # While the last sessions are closed.
+            trajectories = [self._trajectory(episode, policy_version) for episode in episodes]
         except BaseException:
             with suppress(Exception):  # an engine that broke may not even abort; what broke it is the error to tell
                 self._sampler.abort(list(generating))
@@ -183,7 +185,7 @@ class RolloutLoop:
             self._close(episodes)
             self._closer.wait()
         self.statistics.seconds += time.monotonic() - started
-        return [self._trajectory(episode, policy_version) for episode in episodes]
+        return trajectories
 
     # --- the engine --------------------------------------------------------------------------------------------------
 
