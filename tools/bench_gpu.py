@@ -195,7 +195,7 @@ def main() -> None:
         save_policy(Path(checkpoint), SHAPES[options.shape], options.vocabulary)
         names = "".join(f"{name:>9}" for name in list(FIGURES)[:7])
         print(
-            f"{options.shape + ', seconds':28}{names}{'sampled/s':>10}{'trained/s':>10}{'training':>9}{'sampling':>9}"
+            f"{options.shape + ', s and GiB':28}{names}{'sampled/s':>10}{'trained/s':>10}{'training':>9}{'sampling':>9}"
         )
         for way in options.ways:
             case = json.dumps([way, checkpoint, f"{folder}/{way}", options.steps, arguments])

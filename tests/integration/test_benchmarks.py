@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -81,3 +82,12 @@ def test_engine_steps(run):
 def test_updates(run):
     figures = run("bench_update", "--lengths", "--shapes", "quick start", "--rounds", "1")
     assert [row["shape"] for row in figures["shared_prefixes"]] == ["quick start"]
+
+
+@pytest.mark.engine
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+def test_training_steps(run):
+    shape = ("--shape", "tiny", "--vocabulary", "600", "--steps", "2", "--prompts", "2", "--tokens", "40")
+    (row,) = run("bench_gpu", *shape, "--ways", "LoRA, adapter")["rows"]
+    assert row["sampled"] > 0
+    assert row["trained"] > 0
