@@ -220,7 +220,7 @@ class AppoModule(PolicyModule):
 
     def _split(self, sequences: PaddedSequences, budget: int) -> list[_Chunk]:
         """Rows on the CPU, in chunks of at most ``budget`` tokens."""
-        if not self._shares_prefixes:
+        if not self._shares_prefixes or (self.shared_prefixes == "auto" and self.device.type != "cpu"):
             chosen = split_by_tokens(sequences.lengths, budget)
             return [_Chunk(rows, sequences.rows(rows), sequences.lengths[rows]) for rows in chosen]
         chunks = []
@@ -233,8 +233,7 @@ class AppoModule(PolicyModule):
     # --- training ----------------------------------------------------------------------------------------------------
 
     def check_policy(self) -> None:
-        on_cpu = self.trainer.strategy.root_device.type == "cpu"
-        if not self.shared_prefixes or (self.shared_prefixes == "auto" and not on_cpu):
+        if not self.shared_prefixes:
             return
         try:
             self.policy.share_prefixes()

@@ -15,11 +15,10 @@ import torch
 from lightning.pytorch.strategies import FSDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
-from appo_lightning.batching import ProcedureBatch
+from appo_lightning.batching import PaddedSequences, ProcedureBatch
 from appo_lightning.errors import ConfigurationError, NonFiniteLossError
 from appo_lightning.module import AppoModule, LossOptions
-from appo_lightning.policy.causal_lm import CausalPolicy
-from appo_lightning.policy.options import OptimizerOptions, PolicyOptions
+from appo_lightning.policy.options import OptimizerOptions
 from appo_lightning.policy.snapshot import PolicySnapshot
 from appo_lightning.rewards.base import Score
 from appo_lightning.rollout.tree import BranchingOptions
@@ -230,14 +229,16 @@ def test_auto_shares_where_the_model_can_and_says_where_it_cannot(
         train(run)
 
 
-@pytest.mark.parametrize(("shared_prefixes", "shares"), [("auto", False), (True, True)])
-def test_auto_shares_nothing_on_a_gpu(checkpoint, shared_prefixes, shares) -> None:
+@pytest.mark.parametrize(
+    ("shared_prefixes", "device", "packs"), [("auto", "cpu", True), ("auto", "cuda", False), (True, "cuda", True)]
+)
+def test_auto_packs_nothing_for_a_gpu(checkpoint, shared_prefixes, device, packs) -> None:
     module = Run(checkpoint, shared_prefixes=shared_prefixes).module()
-    module.policy = CausalPolicy(PolicyOptions(checkpoint))
-    strategy = SimpleNamespace(root_device=torch.device("cuda"))
-    module.trainer = SimpleNamespace(strategy=strategy)  # type: ignore[assignment]
-    module.check_policy()
-    assert module._shares_prefixes is shares
+    module.configure_model()
+    module._device = torch.device(device, 0)
+    token_ids = torch.tensor([[5, 6, 7], [5, 6, 8]])
+    sequences = PaddedSequences(token_ids, torch.tensor([3, 3]), torch.ones(2, 3, dtype=torch.bool))
+    assert [chunk.packing is not None for chunk in module._split(sequences, 100)] == [packs]
 
 
 def save_with_sliding_windows(checkpoint: str, directory: Path) -> str:
