@@ -11,7 +11,7 @@ import gc
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -117,16 +117,12 @@ def _shorten_start(checkpoint: str) -> None:
             ModelRegistry.register_model(architecture, ModelRegistry.models[architecture].load_model_cls())
 
 
-def shut_down(engine: LLMEngine, *, asleep: bool = False) -> None:
+def shut_down(engine: LLMEngine) -> None:
     import vllm.v1.engine.core as core
 
     # vLLM's clean-up destroys the default process group, which may be the trainer's, and the groups that a second
     # engine of this process uses. Weights and cache are released before it is reached.
     client: Any = engine.engine_core
-    if asleep:
-        torch.cuda.empty_cache()
-        with suppress(RuntimeError):  # too little memory: then nothing of it is given back twice either
-            engine.wake_up()  # vLLM's allocator gives back what is there, and fails with what is not
     engine.apply_model(_forget_compiled)
     clean_up = core.cleanup_dist_env_and_memory
     core.cleanup_dist_env_and_memory = lambda *args, **kwargs: None

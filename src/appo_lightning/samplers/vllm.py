@@ -312,11 +312,11 @@ class VLLMSampler(Sampler):
 
     def close(self) -> None:
         engine, self._engine, self._failure = self._engine, None, None
-        asleep, self._asleep = self._asleep, False
+        self._asleep = False
         self._unfinished.clear()
         self._stops.clear()
         if engine is not None:
-            shut_down(engine, asleep=asleep)
+            shut_down(engine)
 
     def _engine_arguments(self, checkpoint: str, config: Any, max_length: int) -> dict[str, Any]:
         from vllm.platforms import current_platform
