@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import os
 import statistics
 import time
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ import torch
 from appo_lightning.samplers import vllm as sampler
 from appo_lightning.samplers.base import SampleRequest
 from appo_lightning.samplers.vllm import VLLMSampler
-from benchmarking import checkpoint_or_tiny, write_figures
+from benchmarking import checkpoint_or_tiny, machine, write_figures
 
 PARTS = ("norms", "draws", "ranks", "blocks", "logprobs")
 VARIANTS: dict[str, tuple[str, ...]] = {"vLLM's own": (), **{part: (part,) for part in PARTS}, "all": PARTS}
@@ -137,7 +136,7 @@ def main() -> None:
         rows.append({"sequences": sequences, "milliseconds": medians, "ratio": ratios})
         print(f"{f'{sequences} sequences':20}" + "".join(f"{ms:14.2f}" for ms in medians.values()), end="")
         print(f"{ratios['all']:12.2f}", flush=True)
-    figures = {"cores": os.cpu_count(), "load_average": os.getloadavg()[0], "rounds": options.rounds, "rows": rows}
+    figures = {**machine(), "rounds": options.rounds, "rows": rows}
     write_figures(options.json, figures)
     bench.close()
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -89,6 +88,8 @@ def save_policy(directory: Path, shape: dict[str, int], vocabulary: int) -> None
             head[silent] = -0.05
     policy.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+    del policy, head, parameter
+    torch.cuda.empty_cache()  # the cases tell what is used of the device
 
 
 def run_case(way: str, checkpoint: str, folder: str, steps: int, arguments: list[str]) -> dict[str, Any]:
@@ -138,11 +139,8 @@ def run_case(way: str, checkpoint: str, folder: str, steps: int, arguments: list
     assert appo(command) == 0
     seconds = time.perf_counter() - began
     events = EventAccumulator(output).Reload()
-    known = events.Tags()["scalars"]
     found = {
-        name: statistics.median([event.value for event in events.Scalars(tag)][1:])
-        for name, tag in FIGURES.items()
-        if tag in known
+        name: statistics.median([event.value for event in events.Scalars(tag)][1:]) for name, tag in FIGURES.items()
     }
     return {
         "way": way,
@@ -157,7 +155,7 @@ def run_case(way: str, checkpoint: str, folder: str, steps: int, arguments: list
 
 def show(row: dict[str, Any]) -> None:
     """Print a row."""
-    numbers = "".join(f"{row.get(name, 0.0):9.3f}" for name in list(FIGURES)[:7])
+    numbers = "".join(f"{row[name]:9.3f}" for name in list(FIGURES)[:7])
     speeds = f"{row['sampled']:10,.0f}{row['trained']:10,.0f}"
     print(f"{row['way']:28}{numbers}{speeds}{row['used_training_gib']:9.1f}{row['used_sampling_gib']:9.1f}", flush=True)
 
@@ -178,12 +176,9 @@ def main() -> None:
         print(json.dumps(run_case(*json.loads(options.case))))
         return
 
-    device = subprocess.run(
-        [sys.executable, "-c", "import torch; print('cuda' if torch.cuda.is_available() else 'cpu')"],
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout.strip()
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     arguments = [
         *("--data.prompts_per_mini_batch", str(options.prompts), "--data.prompts_per_phase", str(2 * options.prompts)),
         *("--data.rollout.max_response_tokens", str(options.tokens), "--model.micro_batch_tokens", "32768"),
@@ -200,7 +195,7 @@ def main() -> None:
         for way in options.ways:
             case = json.dumps([way, checkpoint, f"{folder}/{way}", options.steps, arguments])
             command = [sys.executable, __file__, "--case", case]
-            done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True, env=dict(os.environ))
+            done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
             if done.returncode != 0:
                 print(f"{way:28} failed with exit code {done.returncode}", flush=True)
                 continue

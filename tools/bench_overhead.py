@@ -27,7 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarking import write_figures
+from benchmarking import machine, write_figures
 
 USEFUL = ("engine", "tools", "forward", "forward and backward", "optimiser")
 SEALED = ("weight push", "sync checks")  # own what happens inside
@@ -281,7 +281,7 @@ def main() -> None:
             environment = {"GOMP_SPINCOUNT": "0", "TOKENIZERS_PARALLELISM": "false", **os.environ}
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
             results[name] = json.loads(done.stdout.splitlines()[-1])
-        figures = {"cores": os.cpu_count(), "load_average": os.getloadavg()[0], "settings": results}
+        figures = {**machine(), "settings": results}
         write_figures(options.json, figures)
     print_table(results)
 

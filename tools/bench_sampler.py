@@ -8,7 +8,6 @@ The two take turns in one process, so that a busy machine slows both; the ratio 
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import torch
 from appo_lightning.samplers.base import Sampler, SampleRequest, generate
 from appo_lightning.samplers.transformers import TransformersSampler
 from appo_lightning.samplers.vllm import VLLMSampler
-from benchmarking import checkpoint_or_tiny, seconds, write_figures
+from benchmarking import checkpoint_or_tiny, machine, seconds, write_figures
 
 STOP = ("</python>", "</search>", "</answer>")
 
@@ -96,8 +95,7 @@ def main() -> None:
         print(f"{name:32}{row['vllm']:12,.0f}{row['transformers']:14,.0f}{row['ratio']:8.2f}")
     figures = {
         "policy_parameters": sum(parameter.numel() for parameter in policy.parameters()),
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg()[0],
+        **machine(),
         "max_tokens": options.max_tokens,
         "rounds": options.rounds,
         "start_seconds": start,

@@ -8,7 +8,6 @@ The variants take turns in one process, so that a busy machine slows all; each f
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import threading
 import time
@@ -19,7 +18,7 @@ from appo_lightning.rollout.sessions import EpisodeSession
 from appo_lightning.tools._sandbox.client import WALLS
 from appo_lightning.tools.python import PythonTool
 from appo_lightning.types import Task, ToolCall
-from benchmarking import write_figures
+from benchmarking import machine, write_figures
 
 TASK = Task("bench", [1], ("x",))
 # What full protection costs is the first against the last, which runs the same code without walls.
@@ -162,8 +161,7 @@ def main() -> None:
         values = "".join(f"{found[name][figure]:16,.{digits}f}" for name in VARIANTS)
         print(f"{label.format(threads=options.threads):44}{values}")
     result = {
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg()[0],
+        **machine(),
         "rounds": options.rounds,
         "threads": options.threads,
         "variants": found,

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -34,7 +33,7 @@ from appo_lightning.policy.tree_packing import pack_tree, plan_packs
 from appo_lightning.rollout.serialise import trajectories_from_state, trajectories_to_state
 from appo_lightning.rollout.tree import BlankTokens, BranchingOptions, plan_branches
 from appo_lightning.types import Branch, BranchPoint, RolloutTree, Task, ToolCall, Trajectory
-from benchmarking import write_figures
+from benchmarking import machine, write_figures
 
 ROOTS, BRANCHES = 4, 4
 GAMMA = gamma_from_half_life(64.0)
@@ -152,7 +151,7 @@ def main() -> None:
     for name, row in table.items():
         slopes[name] = math.log(row[-1] / row[middle]) / octaves
         print(f"{name:36}" + "".join(f"{1000 * value:9.2f}" for value in row) + f"{slopes[name]:8.2f}")
-    figures = {"cores": os.cpu_count(), "load_average": os.getloadavg()[0], "lengths": lengths}
+    figures = {**machine(), "lengths": lengths}
     write_figures(options.json, {**figures, "seconds": table, "slopes": slopes})
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -32,7 +31,7 @@ from appo_lightning.samplers.base import SampleRequest, generate
 from appo_lightning.samplers.read_back import ReadBack
 from appo_lightning.samplers.vllm import VLLMSampler
 from appo_lightning.tasks.lookup import create_tiny_policy
-from benchmarking import write_figures
+from benchmarking import machine, write_figures
 
 ROOT = Path(__file__).resolve().parents[1]
 LORA = LoraOptions(rank=16, alpha=32.0)
@@ -204,7 +203,7 @@ def main() -> None:
     options = parser.parse_args()
 
     torch.set_num_threads(1)
-    figures: dict[str, Any] = {"cores": os.cpu_count(), "load_average": os.getloadavg()[0], "rounds": options.rounds}
+    figures: dict[str, Any] = {**machine(), "rounds": options.rounds}
     for size in (size for size in SIZES if size.name in options.sizes):
         with tempfile.TemporaryDirectory() as directory:
             checkpoint = str(Path(directory) / "policy")

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,9 @@ def write_figures(path: Path | None, figures: Any) -> None:
 
 def machine(device: str = "cpu") -> dict[str, Any]:
     """What the figures were measured on."""
-    import torch
-
-    found: dict[str, Any] = {"cores": os.cpu_count(), "load_average": os.getloadavg()[0], "torch": torch.__version__}
+    found: dict[str, Any] = {"cores": os.cpu_count(), "load_average": os.getloadavg()[0], "torch": version("torch")}
     if device != "cpu":
+        import torch
+
         found["gpu"] = torch.cuda.get_device_name()
     return found
