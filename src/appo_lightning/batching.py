@@ -81,7 +81,7 @@ class ProcedureBatch:
     temperature: float
     trees: list[RolloutTree]
     fallback: Tensor  # [num_roots] bool: the gain was only noise, entropy alone chose
-    scored: bool = True  # False: old and current log-probs and entropies come from the training step's own forward
+    num_scored: int  # the first rows; old and current log-probs and entropies of the others: by the step's own forward
     advantages: Tensor | None = None  # [B, L], written by ProcedureAdvantageScaling
     influence: Tensor | None = None  # [B, L], written by ProcedureAdvantageScaling
 
@@ -195,7 +195,7 @@ def build_batch(
     branch_old: TraceScores | None = None,
     branch_current: TraceScores | None = None,
     drop_overlong: bool = False,
-    scored: bool = True,
+    num_scored: int | None = None,
 ) -> ProcedureBatch:
     """Trees as one mini-batch.
 
@@ -207,8 +207,9 @@ def build_batch(
         temperature: that the log-probs are taken at.
         branch_old: of the branches, by the weights that sampled them; given, branches become rows (``train_branches``).
         branch_current: of the branches, by the current weights; given with ``branch_old``.
-        scored: False if ``old`` and ``current`` only hold places, which the training step fills.
         drop_overlong: no token of a response that was cut by its budget is trained on.
+        num_scored: the scores of the rows behind these only hold places, which the training step fills; None: all are
+            known.
     """
     roots = [root for tree in trees for root in tree.roots]
     branches = [branch for tree in trees for branch in tree.branches]
@@ -250,7 +251,7 @@ def build_batch(
         temperature=temperature,
         trees=list(trees),
         fallback=torch.tensor(list(fallback), dtype=torch.bool),
-        scored=scored,
+        num_scored=len(rows) if num_scored is None else num_scored,
     )
 
 

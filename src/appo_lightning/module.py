@@ -114,6 +114,15 @@ class _Chunk:
 
 
 @dataclass(slots=True)
+class _Unscored:
+    """Rows of a micro-batch that no forward has scored yet."""
+
+    batch: ProcedureBatch
+    here: Tensor  # [u] row numbers in the micro-batch
+    there: Tensor  # [u] row numbers in the batch
+
+
+@dataclass(slots=True)
 class _MicroBatch:
     """Some rows of a mini-batch, on the device."""
 
@@ -123,7 +132,7 @@ class _MicroBatch:
     advantages: Tensor  # [b, l]
     reference_logprobs: Tensor | None  # [b, l]
     packing: TreePacking | None = None  # of the sequences
-    unscored: tuple[ProcedureBatch, Tensor] | None = None  # whose rows [b] take their old log-probs from this forward
+    unscored: _Unscored | None = None  # rows that take their old log-probs from this forward
 
 
 class AppoModule(PolicyModule):
@@ -286,7 +295,7 @@ class AppoModule(PolicyModule):
             packing=part.packing,
         )
         if part.unscored is not None:
-            part.old_logprobs = _record_scores(scored, *part.unscored)
+            _record_scores(scored, part.old_logprobs, part.unscored)
         weight = self._importance_weight(part)
         result = clipped_policy_loss(
             scored.logprobs,
@@ -349,7 +358,7 @@ class AppoModule(PolicyModule):
                     batch.advantages[rows, :width],
                     None if reference is None else reference[rows, :width].to(self.device),
                     None if chunk.packing is None else chunk.packing.to(self.device),
-                    None if batch.scored else (batch, rows),
+                    _unscored(batch, rows),
                 )
             )
         return parts
@@ -435,18 +444,24 @@ def _add_sums(metrics: MetricSums, sums: Sequence[dict[str, Tensor]]) -> None:
             metrics.add_sum(name, value, tokens)
 
 
-def _record_scores(scored: TokenScores, batch: ProcedureBatch, rows: Tensor) -> Tensor:
-    """Write what a forward before any step says of some rows into their batch; the log-probs, without gradient."""
-    logprobs, entropies = scored.logprobs.detach(), scored.entropies
-    assert entropies is not None
-    width = logprobs.shape[1]
+def _unscored(batch: ProcedureBatch, rows: Tensor) -> _Unscored | None:
+    """Those of some rows of a batch [b]."""
+    here = (rows >= batch.num_scored).nonzero()[:, 0]
+    return _Unscored(batch, here, rows[here]) if len(here) else None
+
+
+def _record_scores(scored: TokenScores, old_logprobs: Tensor, rows: _Unscored) -> None:
+    """Write what a forward before any step says of rows into their batch and their micro-batch's log-probs [b, l]."""
+    assert scored.entropies is not None
+    logprobs, entropies = scored.logprobs.detach()[rows.here], scored.entropies[rows.here]
+    old_logprobs[rows.here] = logprobs
+    batch, width = rows.batch, logprobs.shape[1]
     for stored, values in (
         (batch.old_logprobs, logprobs),
         (batch.current_logprobs, logprobs),
         (batch.entropies, entropies),
     ):
-        stored[rows, :width] = values
-    return logprobs
+        stored[rows.there, :width] = values
 
 
 def _idle_micro_batch(device: torch.device) -> _MicroBatch:

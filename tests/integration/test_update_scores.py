@@ -1,15 +1,17 @@
-"""Where a phase has one update and no branches, nothing but the update itself scores the rollouts."""
+"""Rollouts that the weights of the coming update sampled are scored by that update: no forward pass of their own."""
 
 import dataclasses
 
 import numpy as np
 import pytest
 
+from appo_lightning.rollout.phase import tokens_of
+from appo_lightning.rollout.runner import PhaseRunner
 from appo_lightning.rollout.tree import BranchingOptions
 from appo_lightning.sources import RolloutSource
 from helpers.training import Run, fit, make_checkpoint
 
-METRICS = ("policy/entropy", "loss/policy", "loss/approx_kl", "credit/likelihood_gain_abs")
+METRICS = ("policy/entropy", "loss/policy", "loss/approx_kl", "credit/likelihood_gain_abs", "credit/influence")
 
 
 @pytest.fixture(scope="module")
@@ -62,3 +64,51 @@ def test_the_gap_to_the_sampler_is_still_measured(alone, beside):
 def test_elsewhere_rollouts_are_scored_first(change, run):
     result = fit(dataclasses.replace(run, max_steps=1, **change))
     assert result.series("time/score")[0] > 0.0
+
+
+# --- branches that are trained on ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["padded", "packed"])
+def branched(run, request) -> Run:
+    return dataclasses.replace(
+        run,
+        branching=BranchingOptions(2, 4),
+        prompts_per_mini_batch=2,
+        max_steps=4,
+        train_branches=True,
+        shared_prefixes=request.param,
+    )
+
+
+@pytest.fixture(scope="module")
+def branches_alone(branched):
+    return fit(branched)
+
+
+@pytest.fixture(scope="module")
+def branches_beside(branched):
+    """The same with a forward of its own for the scores of the branches."""
+    branch = PhaseRunner._branch
+
+    def scored(runner, *args):
+        branches = branch(runner, *args)
+        continued = [[branch.trajectory for branch in group] for group in branches.sampled]
+        flat = [trajectory for group in continued for trajectory in group]
+        branches.old = runner._score(flat).split(tokens_of(continued))
+        return branches
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PhaseRunner, "_branch", scored)
+        return fit(branched)
+
+
+def test_trained_branches_teach_the_same(branches_alone, branches_beside):
+    assert branches_alone.global_step == branches_beside.global_step == 4
+    for name, weight in branches_beside.weights.items():
+        np.testing.assert_allclose(branches_alone.weights[name], weight, rtol=0, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_trained_branches_tell_the_same(name, branches_alone, branches_beside):
+    assert branches_alone.series(name) == pytest.approx(branches_beside.series(name), rel=1e-3, abs=1e-6)

@@ -66,7 +66,7 @@ class Branches:
     sampled: list[list[Branch]]  # per task; those without a value are left out
     unscored: list[int]  # per task, branches left out
     fallback: list[list[bool]]  # per task, per root: the gain was only noise, entropy alone chose
-    old: list[TraceScores] | None  # per task, of its branches, by the weights that sampled them; with train_branches
+    old: list[TraceScores] | None = None  # per task, of its branches, by the weights that sampled them; None: unknown
 
     def of(self, rows: Sequence[int]) -> Branches:
         """Those of some of the prompts."""

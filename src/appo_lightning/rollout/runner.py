@@ -74,9 +74,10 @@ class PhaseRunner:
         limits: budgets and sampling of the loop.
         seed: of the run.
         is_blank: white-space tokens.
-        train_branches: branches become rows of the batch.
-        update_scores: a phase has no branches and one update, which starts from the weights that sampled the roots: its
-            own forward pass gives their log-probs and entropies, and none is made here.
+        train_branches: branches become rows of the batch. Where they are sampled for the next update, that starts from
+            the weights that sampled them: its own forward pass gives their log-probs and entropies, and none is made
+            here.
+        update_scores: the same holds for the roots: a phase has no branches and one update.
         progress: called with (stage, finished, total).
     """
 
@@ -134,7 +135,12 @@ class PhaseRunner:
     def branch(self, phase: Phase) -> None:
         """Branch all prompts of a phase at once, with the weights that sampled its roots (``sampled_per``)."""
         seed = derive_seed(self.seed, phase.index, "branches")
-        phase.branches = self._branch(phase, range(len(phase.tasks)), TraceScores.joined(phase.old), seed)
+        branches = self._branch(phase, range(len(phase.tasks)), TraceScores.joined(phase.old), seed)
+        if self.train_branches:
+            continued = [[branch.trajectory for branch in group] for group in branches.sampled]
+            flat = [trajectory for group in continued for trajectory in group]
+            branches.old = self._score(flat).split(tokens_of(continued))
+        phase.branches = branches
 
     def mini_batch(self, phase: Phase, rows: range, *, visit: int) -> ProcedureBatch:
         """Some prompts of a phase with their branches: those that the phase has, or new ones by the current policy.
@@ -159,10 +165,16 @@ class PhaseRunner:
         else:
             branches = phase.branches.of(rows)
         branch_old = branch_current = None
-        if branches.old is not None:
-            branch_old = branch_current = TraceScores.joined(branches.old)
-            if phase.branches is not None and moved:
-                branch_current = self._score([branch.trajectory for group in branches.sampled for branch in group])
+        num_scored = 0 if self.update_scores else len(roots)
+        if self.train_branches:
+            continued = [branch.trajectory for group in branches.sampled for branch in group]
+            if branches.old is None:
+                branch_old = branch_current = _not_yet(continued)
+            else:
+                branch_old = branch_current = TraceScores.joined(branches.old)
+                num_scored += len(continued)
+                if moved:
+                    branch_current = self._score(continued)
         trees = [
             RolloutTree(phase.tasks[i], phase.roots[i], sampled, phase.unscored[i] + unscored)
             for i, sampled, unscored in zip(rows, branches.sampled, branches.unscored, strict=True)
@@ -176,7 +188,7 @@ class PhaseRunner:
             branch_old=branch_old,
             branch_current=branch_current,
             drop_overlong=self.limits.overlong == "drop",
-            scored=not self.update_scores,
+            num_scored=num_scored,
         )
 
     def _branch(self, phase: Phase, rows: Sequence[int], current: TraceScores, seed: int) -> Branches:
@@ -192,7 +204,7 @@ class PhaseRunner:
         roots = [root for tree in trees for root in tree.roots]
         if not self.options.num_branches:
             nothing: list[list[Any]] = [[] for _ in rows]
-            return Branches(nothing, [0] * len(trees), [[False] * len(tree.roots) for tree in trees], None)
+            return Branches(nothing, [0] * len(trees), [[False] * len(tree.roots) for tree in trees])
         base = TraceScores.joined([phase.old[i] for i in rows]).logprobs
         if self.options.gain_baseline == "previous":
             started = time.monotonic()
@@ -211,12 +223,8 @@ class PhaseRunner:
         )
         unscored = self._sample_branches(trees, plan.points, seed)
         sampled = [tree.branches for tree in trees]
-        old = None
-        if self.train_branches:
-            continued = [[branch.trajectory for branch in group] for group in sampled]
-            old = self._score([trajectory for group in continued for trajectory in group]).split(tokens_of(continued))
         flags = iter(plan.fallback)
-        return Branches(sampled, unscored, [[next(flags) for _ in tree.roots] for tree in trees], old)
+        return Branches(sampled, unscored, [[next(flags) for _ in tree.roots] for tree in trees])
 
     def _sample_branches(
         self, trees: list[RolloutTree], points: Sequence[Sequence[BranchPoint]], seed: int

@@ -176,14 +176,19 @@ def test_without_branches_a_phase_is_plain_group_sampling():
     assert batch.fallback.tolist() == [False] * 6
 
 
-def test_branches_to_train_on_are_scored_by_the_policy_that_sampled_them():
+@pytest.mark.parametrize("visit", [0, 1])
+def test_branches_to_train_on_are_left_to_the_update_to_score(visit):
     policy = FakePolicy()
     runner = make_runner(policy, train_branches=True)
-    batch = runner.mini_batch(runner.begin(0, tasks()), range(2), visit=0)
-    assert policy.scored == [(0, 6), (0, 8)]
+    phase = runner.begin(0, tasks())
+    policy.version = visit
+    batch = runner.mini_batch(phase, range(2), visit=visit)
+    assert policy.scored == [(0, 6), (1, 4)][: visit + 1]  # roots, no branch
+    assert batch.num_scored == batch.num_roots == 4
     assert batch.branch_row is not None
     assert batch.branch_row.tolist() == list(range(4, 12))
-    assert torch.allclose(batch.old_logprobs, batch.behaviour_logprobs)
+    # Their places are held by what tells the credit that nothing has moved.
+    assert torch.equal(batch.current_logprobs[4:], batch.old_logprobs[4:])
 
 
 def test_rollouts_are_a_function_of_seed_phase_and_visit():
