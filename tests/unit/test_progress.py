@@ -53,3 +53,19 @@ def test_a_mini_batch_draws_the_bar_of_the_run_once(capsys: pytest.CaptureFixtur
     shown = capsys.readouterr().out
     assert shown.count("2/4") == 1
     assert "reward=0.500" in shown
+
+
+def test_each_draw_of_the_bar_of_rollouts_is_one_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+    screen = SimpleNamespace(write=written.append, flush=lambda: None, encoding="utf-8")
+    monkeypatch.setattr(progress, "sys", SimpleNamespace(stdout=screen))
+    bar = progress.RolloutProgressBar()
+    bar.enable()
+    bar.rollout("roots", 1, 2)
+    drawn = len(written)
+    bar.rollout("branches", 1, 2)
+    assert len(written) == drawn + 1
+    bar.rollout("branches", 2, 2)
+    assert len(written) == drawn + 2
+    shown, wiped_out = (text.split("\r")[1] for text in written[-2:])
+    assert wiped_out == " " * len(shown)

@@ -13,12 +13,32 @@ from tqdm.auto import tqdm
 _INTERVAL = 0.5  # seconds; drawing costs more than finishing a short rollout
 
 
+class _RolloutBar(tqdm):
+    """Drawn and wiped out by one write each, where tqdm takes three.
+
+    Each write lets go of the interpreter, and threads of tools may keep it for milliseconds.
+    """
+
+    _width = 0  # of what is on the screen
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+        text = str(self) if msg is None else msg
+        down = abs(self.pos) if pos is None else pos
+        self.fp.write("\n" * down + "\r" + text.ljust(self._width) + "\r" + "\x1b[A" * down)
+        self.fp.flush()
+        self._width = len(text)
+        return True
+
+    def clear(self, nolock: bool = False) -> None:
+        self.display("")
+
+
 class RolloutProgressBar(TQDMProgressBar):
     """Lightning's bar, and below it one for the rollouts of the current mini-batch or validation."""
 
     def __init__(self, refresh_rate: int = 1) -> None:
         super().__init__(refresh_rate=refresh_rate)
-        self._rollouts: tqdm | None = None  # made once: a new one takes longer than drawing it
+        self._rollouts: _RolloutBar | None = None  # made once: a new one takes longer than drawing it
         self._stage: str | None = None  # that the bar shows; None: it is wiped out
         self._due = 0.0
 
@@ -30,7 +50,7 @@ class RolloutProgressBar(TQDMProgressBar):
         if not self.is_enabled:
             return
         if self._rollouts is None:
-            self._rollouts = tqdm(total=total, position=2, leave=False, file=sys.stdout, dynamic_ncols=True)
+            self._rollouts = _RolloutBar(total=total, position=2, leave=False, file=sys.stdout, dynamic_ncols=True)
         self._due = now + _INTERVAL
         if done == total:
             self._rollouts.clear()
