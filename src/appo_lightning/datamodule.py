@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, Protocol, cast
 
@@ -239,14 +239,13 @@ class RolloutDataModule(L.LightningDataModule):
             self._syntax = self.call_format.bind(self.module.policy.tokenizer, self.tools)
         return self._syntax
 
-    def task(self, source: TaskSource, index: int) -> Task:
-        """One tokenised task."""
-        return build_task(
-            source.row(index),
-            self.module.policy.tokenizer,
-            max_prompt_tokens=self.rollout.max_prompt_tokens,
-            tools=self.syntax.prompt_tools,
-        )
+    def tasks(self, source: TaskSource, indices: Iterable[int]) -> list[Task]:
+        """Tokenised tasks."""
+        # All are drawn before the first is tokenised: the two in turns would push each other out of the core's caches.
+        rows = [source.row(index) for index in indices]
+        tokenizer, tools = self.module.policy.tokenizer, self.syntax.prompt_tools
+        longest = self.rollout.max_prompt_tokens
+        return [build_task(row, tokenizer, max_prompt_tokens=longest, tools=tools) for row in rows]
 
     def report(self, stage: str, done: int, total: int) -> None:
         """Tell a progress bar that knows about rollouts."""

@@ -148,7 +148,7 @@ class RolloutSource:
         data = self._data
         start = phase_in_epoch * data.prompts_per_phase
         chosen = self._order()[start : start + data.prompts_per_phase][self._rank :: self._world_size]
-        return [data.task(data.train, index) for index in chosen]
+        return data.tasks(data.train, chosen)
 
     def _order(self) -> list[int]:
         """Of the tasks of this epoch. Kept: shuffling a large set takes longer than the rest of a mini-batch's plan."""
@@ -172,7 +172,7 @@ class RolloutSource:
         def refill(number: int, count: int) -> list[Task]:
             # Each round has a stretch of its own, so that what it gives depends on nothing but its number.
             stretch = own[number * len(own) // rounds : (number + 1) * len(own) // rounds]
-            return [data.task(data.train, index) for index in stretch[:count]]
+            return data.tasks(data.train, stretch[:count])
 
         return refill
 
@@ -272,7 +272,7 @@ class EvaluationSource:
                 data.sync_sampler()
             loop = data.loop(data.validation_limits)
             chosen = range(trainer.global_rank, len(data.validation), trainer.world_size)
-            tasks = [data.task(data.validation, index) for index in chosen]
+            tasks = data.tasks(data.validation, chosen)
             count = data.validation_rollouts
             prefixes = [
                 Prefix(task, derive_seed(data.seed, "validation", task.id, n)) for task in tasks for n in range(count)

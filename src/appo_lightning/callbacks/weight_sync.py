@@ -145,8 +145,8 @@ class SamplerWeightSync(L.Callback):
             source = data.validation if len(data.validation) else data.train
             room = data.rollout.max_prompt_tokens + data.rollout.max_response_tokens - self.canary_tokens
             length = min(_FIRST_CANARY, room)
-            for index in range(min(self.canary_prompts, len(source))):
-                prompt = data.task(source, index).prompt_ids
+            for task in data.tasks(source, range(min(self.canary_prompts, len(source)))):
+                prompt = task.prompt_ids
                 # The end of a prompt: beginnings are often the same system prompt.
                 self._prompts.append((prompt * math.ceil(length / len(prompt)))[-length:])
         if new_engine or self._precision(module) != "float32":  # one token says little where each is rounded coarsely

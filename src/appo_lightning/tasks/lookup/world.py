@@ -54,14 +54,10 @@ class Episode:
 
     id: str
     facts: dict[tuple[str, str], str]  # (attribute, entity) -> value, in the order of the documents
+    documents: list[str]  # the facts as sentences
     operands: tuple[Operand, ...]  # one, or two joined by the operator
     operator: Operator | None
     answer: str
-
-    @property
-    def documents(self) -> list[str]:
-        """The facts as sentences."""
-        return [sentence(attribute, entity, value) for (attribute, entity), value in self.facts.items()]
 
     @property
     def hops(self) -> int:
@@ -137,11 +133,11 @@ def _draw(rng: random.Random, episode_id: str, hops: Sequence[float]) -> Episode
     keys = [(attribute, person) for person in people for attribute in PERSON_ATTRIBUTES]
     keys += [(attribute, city) for city in cities for attribute in CITY_ATTRIBUTES]
     # Values are distinct within an episode: a wrong fact never holds the right number.
-    facts = dict(zip(keys, map(str, rng.sample(VALUES, len(keys))), strict=True))
-    facts |= {("city", person): rng.choice(cities) for person in people}
-    order = list(facts)
-    rng.shuffle(order)
-    facts = {key: facts[key] for key in order}
+    pairs = list(zip(keys, map(str, rng.sample(VALUES, len(keys))), strict=True))
+    pairs += [(("city", person), rng.choice(cities)) for person in people]
+    rng.shuffle(pairs)
+    facts = dict(pairs)
+    documents = [sentence(attribute, entity, value) for (attribute, entity), value in pairs]
 
     (num_hops,) = rng.choices(range(1, len(hops) + 1), weights=hops)
     operator: Operator | None = None
@@ -157,4 +153,4 @@ def _draw(rng: random.Random, episode_id: str, hops: Sequence[float]) -> Episode
     )
     numbers = [facts[o.attribute, facts["city", o.person] if o.via_city else o.person] for o in operands]
     answer = numbers[0] if operator is None else combine(operator, *numbers)
-    return Episode(episode_id, facts, operands, operator, answer)
+    return Episode(episode_id, facts, documents, operands, operator, answer)
