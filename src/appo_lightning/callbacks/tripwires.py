@@ -147,21 +147,21 @@ class Tripwires(L.Callback):
 
     def _keep(self, offenders: Sequence[tuple[Wire, RolloutTree, Trajectory]], starting: list[Wire], step: int) -> None:
         """Write the first offenders of the run, and some of the step where an alarm starts, however late."""
+        if self._file is None:
+            return
         room = {wire: self.keep - self._kept[wire] for wire in get_args(Wire)}
         room |= {wire: max(room[wire], min(_PER_ALARM, self.keep)) for wire in starting}
+        lines = []
         for wire, tree, rollout in offenders:
             if room[wire] > 0:
                 room[wire] -= 1
-                self._write(wire, tree, rollout, step)
-
-    def _write(self, wire: str, tree: RolloutTree, rollout: Trajectory, step: int) -> None:
-        if self._file is None:
-            return
-        self._kept[wire] += 1
-        line = {"tripwire": wire, "step": step, "task": tree.task.id, "references": list(tree.task.references)}
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        with self._file.open("a") as file:
-            file.write(json.dumps(line | trajectory_to_dict(rollout)) + "\n")
+                self._kept[wire] += 1
+                line = {"tripwire": wire, "step": step, "task": tree.task.id, "references": list(tree.task.references)}
+                lines.append(json.dumps(line | trajectory_to_dict(rollout)) + "\n")
+        if lines:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            with self._file.open("a") as file:
+                file.writelines(lines)
 
 
 def control_marks(tools: Sequence[str], tokenizer: Any) -> re.Pattern[str]:
