@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import string
 from collections import Counter
@@ -13,6 +14,7 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
+@functools.lru_cache  # rollouts of one question say the same, and are compared with the same
 def normalise_answer(text: str) -> str:
     """Lower the case, drop ASCII punctuation and English articles, and join the words by single spaces.
 
