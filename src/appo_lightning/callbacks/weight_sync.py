@@ -200,8 +200,9 @@ class SamplerWeightSync(L.Callback):
             scored = module.policy.score(rows.token_ids, rows.lengths, mask=rows.mask)
         sampled = torch.tensor([logprob for trajectory in canary for logprob in trajectory.behaviour_logprobs])
         gaps = (scored.logprobs[rows.mask].cpu() - sampled).abs()
-        self._metrics.add("sync/canary_gap", gaps.mean())
-        self._require_small("after a weight push", float(gaps.mean()), float(gaps.max()))
+        mean = float(gaps.mean())
+        self._metrics.add("sync/canary_gap", mean)
+        self._require_small("after a weight push", mean, float(gaps.max()))
 
     def _require_small(self, when: str, mean: float, largest: float) -> None:
         limit = self.tolerance if self.tolerance is not None else _TOLERANCE[self._precision(self._data.module)]

@@ -181,7 +181,6 @@ class CausalPolicy(nn.Module):
             packing.unpack(logprobs, mask), None if entropies is None else packing.unpack(entropies, mask)
         )
 
-    @torch.no_grad()
     def named_weights(self, *, merge: bool = True) -> Iterator[tuple[str, Tensor]]:
         """Every weight under its transformers name, whole; the module is untouched.
 
@@ -199,11 +198,7 @@ class CausalPolicy(nn.Module):
             weight = full_tensor(parameter.detach())
             owner, _, leaf = name.rpartition(".base_layer.")
             if merge and owner and leaf == "weight":
-                layer = adapted[owner]
-                for adapter in layer.active_adapters:
-                    down, up = _adapter_matrices(layer, adapter)
-                    delta = up.float() @ down.float() * layer.scaling[adapter]
-                    weight = (weight.float() + delta).to(weight.dtype)
+                weight = _merged(weight, adapted[owner])
             yield _transformers_name(name), weight
 
     @torch.no_grad()
@@ -223,6 +218,8 @@ class CausalPolicy(nn.Module):
 
     def release_gathered(self) -> None:
         """Under FSDP2, give gathered parameters back; after a no-grad forward the root keeps them otherwise."""
+        if not torch.distributed.is_initialized():
+            return
         for module in self.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
@@ -335,6 +332,16 @@ def _adapted_modules(model: nn.Module) -> dict[str, Any]:
     from peft.tuners.lora import LoraLayer
 
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+@torch.no_grad()
+def _merged(weight: Tensor, layer: Any) -> Tensor:
+    """The weight below a layer's adapters, with all of them folded in."""
+    for adapter in layer.active_adapters:
+        down, up = _adapter_matrices(layer, adapter)
+        delta = up.float() @ down.float() * layer.scaling[adapter]
+        weight = (weight.float() + delta).to(weight.dtype)
+    return weight
 
 
 def _adapter_matrices(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ Needs of vLLM's insides: the layers' classes and ``quant_method``, a model's nam
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 
@@ -45,6 +46,11 @@ class VLLMLayers:
             for index, part in enumerate(parts)
         }
 
+    @cached_property
+    def packed(self) -> frozenset[Any]:
+        """Those that compute with a packed copy of their weight."""
+        return frozenset(module for module in self.model.modules() if _is_packed(module))
+
     def renamed(self, module: str) -> str:
         """vLLM's name of a module, were it not fused with others."""
         return module if self._mapper is None else str(self._mapper.map_name(module) or module)
@@ -77,8 +83,8 @@ class VLLMLayers:
         return places
 
 
-def is_packed(layer: Any) -> bool:
-    """Whether a layer computes with a packed copy of its weight, as on CPUs; an embedding is looked up as it is."""
+def _is_packed(layer: Any) -> bool:
+    # As on CPUs; an embedding is looked up as it is.
     from vllm.model_executor.layers.linear import LinearBase
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
     from vllm.platforms import current_platform

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from appo_lightning.samplers._vllm_layers import is_packed, is_unquantised, layers_of, rows_of
+from appo_lightning.samplers._vllm_layers import is_unquantised, layers_of, rows_of
 
 if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
@@ -45,13 +45,17 @@ class WeightReader:
         self._places: dict[str, list[tuple[Any, int | None]]] = {}
         # Parts of a fused layer share one: their columns are the same.
         self._packed: dict[tuple[Any, tuple[int, ...]], _PackedColumns] = {}
+        units: dict[tuple[Any, ...], Tensor] = {}  # most layers have one of a few widths
         for name, chosen in columns.items():
             module, _, leaf = name.rpartition(".")
             self._places[name] = self._layers.places(module)
-            for layer, _ in self._places[name]:
+            for layer, _ in self._places[name] if leaf == "weight" else ():
                 key = (layer, tuple(chosen))
-                if leaf == "weight" and key not in self._packed and is_packed(layer):
-                    self._packed[key] = _PackedColumns(layer, chosen)
+                if key not in self._packed and layer in self._layers.packed:
+                    shape = (layer.input_size, layer.params_dtype, *chosen)
+                    if shape not in units:
+                        units[shape] = _unit_vectors(layer.input_size, layer.params_dtype, chosen)
+                    self._packed[key] = _PackedColumns(layer, units[shape])
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -101,6 +105,12 @@ class WeightReader:
         return [layer.lora_a_stacked[index or 0][slot, 0, :rank][:, list(columns)]]
 
 
+def _unit_vectors(width: int, dtype: torch.dtype, columns: Sequence[int]) -> Tensor:
+    """[C, K]: their products with a weight [N, K] are its columns."""
+    units = torch.zeros(len(columns), width, dtype=dtype)
+    return units.scatter_(1, torch.tensor(columns, dtype=torch.long)[:, None], 1)
+
+
 class _PackedColumns:
     """Columns [N, C] of a weight that is packed into a form which nothing but the product can read.
 
@@ -108,10 +118,8 @@ class _PackedColumns:
     the weight, as any product with few rows does, so the rows of a step of the engine and the unit vectors share one.
     """
 
-    def __init__(self, layer: Any, columns: Sequence[int]) -> None:
-        self._layer, self._compute = layer, layer.cpu_linear
-        self._units = torch.zeros(len(columns), layer.input_size, dtype=layer.params_dtype)
-        self._units.scatter_(1, torch.tensor(columns, dtype=torch.long)[:, None], 1)
+    def __init__(self, layer: Any, units: Tensor) -> None:
+        self._layer, self._compute, self._units = layer, layer.cpu_linear, units
         self._product: Tensor | None = None  # [C, N]
 
     @contextmanager

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from appo_lightning.errors import SamplerError
-from appo_lightning.samplers._vllm_layers import VLLMLayers, is_packed, is_unquantised, layers_of, rows_of
+from appo_lightning.samplers._vllm_layers import VLLMLayers, is_unquantised, layers_of, rows_of
 
 
 def set_weights(worker: Any, weights: Iterable[tuple[str, Tensor]], shapes: Mapping[str, torch.Size]) -> None:
@@ -51,7 +51,7 @@ class WeightWriter:
         self._heads = layers.heads
         # A tied output layer comes last among its weight's places, and is packed behind all weights.
         self._places = {name: layers.places(name.rpartition(".")[0])[:1] for name in shapes}
-        self._packed = {layer for places in self._places.values() for layer, _ in places if is_packed(layer)}
+        self._packed = layers.packed
         self._parts: dict[Any, dict[int, Tensor]] = {}  # of a packed layer, as far as they have arrived
 
     @cached_property
