@@ -84,6 +84,7 @@ class RolloutLoop:
         self._syntax = syntax or TagSyntax(tokenizer, list(self._tools))
         self._pool: ToolPool[Episode] = ToolPool(limits.tool_workers)
         self._closer = Closer()
+        self._watchdog = Watchdog(limits.stall_timeout_s)
         self._opened = False  # every tool, once
         self.statistics = LoopStatistics()
 
@@ -118,7 +119,6 @@ class RolloutLoop:
         finished = restarts = 0
         settle_at = started + _SETTLE_S
         self._broken: EngineFailure | None = None
-        watchdog = Watchdog(self._limits.stall_timeout_s)
         patience = math.inf if self._limits.patience_s is None else self._limits.patience_s
 
         def advance(episode: Episode) -> None:
@@ -139,12 +139,12 @@ class RolloutLoop:
                 settle_at = time.monotonic() + _SETTLE_S
 
         try:
-            with watchdog.watching():
+            with self._watchdog.watching():
                 for episode in episodes:
                     advance(episode)
                 while generating or len(waiting) or len(pool):
                     if not generating:
-                        watchdog.rest()
+                        self._watchdog.rest()
                     if generating or len(waiting):
                         if ended and time.monotonic() >= settle_at:
                             settle()
@@ -163,11 +163,11 @@ class RolloutLoop:
                         generating[index] = episodes[index]
                         self._submit(episodes[index])
                     try:
-                        completions = self._step(watchdog) if generating else []
+                        completions = self._step() if generating else []
                     except EngineFailure as failure:
                         restarts += 1
                         self._restart(failure, restarts, generating)
-                        watchdog.rest()
+                        self._watchdog.rest()
                         continue
                     for completion in completions:
                         episode = generating.pop(completion.id)
@@ -189,20 +189,20 @@ class RolloutLoop:
 
     # --- the engine --------------------------------------------------------------------------------------------------
 
-    def _step(self, watchdog: Watchdog) -> list[Completion]:
+    def _step(self) -> list[Completion]:
         if self._broken is not None:
             raise self._broken
         try:
-            completions = watchdog.guard(self._sampler.step)
+            completions = self._watchdog.guard(self._sampler.step)
         except AppoError:
             raise
         except Exception as error:
             name = type(self._sampler).__name__
             raise EngineFailure(f"{name} failed to step: {type(error).__name__}: {error}") from error
         if completions:
-            watchdog.rest()
-        elif watchdog.due:
-            watchdog.look(self._sampler.progress)
+            self._watchdog.rest()
+        elif self._watchdog.due:
+            self._watchdog.look(self._sampler.progress)
         return completions
 
     def _submit(self, episode: Episode) -> None:

@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -31,6 +32,9 @@ class Watchdog:
     second is interrupted by a signal; code that cannot be interrupted, such as a hung kernel, ends the
     process with one line after a grace.
 
+    The thread that sends the signal lives as long as the watchdog: on a busy machine each start of one is waited for,
+    some milliseconds long.
+
     Args:
         limit_s: longest time without a token.
         grace_s: seconds that an interrupted step has to end.
@@ -43,7 +47,7 @@ class Watchdog:
         self._since = self._next_look = time.monotonic()
         self._entered: float | None = None
         self._fired = False
-        self._stop = threading.Event()
+        self._has_thread = False
 
     def rest(self) -> None:
         """Something happened, or the engine has nothing to do: count from now."""
@@ -70,16 +74,18 @@ class Watchdog:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Run the thread that watches ``guard``; only the main thread can be interrupted."""
+        """Let the signal end what ``guard`` runs; only the main thread can be interrupted."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         previous = signal.signal(_SIGNAL, self._interrupt)
-        threading.Thread(target=self._watch, daemon=True, name="appo-watchdog").start()
+        if not self._has_thread:
+            self._has_thread = True
+            arguments = (weakref.ref(self), self._look_again_s)
+            threading.Thread(target=_watch, args=arguments, daemon=True, name="appo-watchdog").start()
         try:
             yield
         finally:
-            self._stop.set()
             signal.signal(_SIGNAL, signal.SIG_DFL if previous is None else previous)
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
@@ -103,14 +109,24 @@ class Watchdog:
     def _message(self) -> str:
         return f"the engine sampled no token for {self._limit_s:g} seconds (data.rollout.stall_timeout_s)"
 
-    def _watch(self) -> None:
-        while not self._stop.wait(self._look_again_s):
-            entered = self._entered
-            if entered is None or time.monotonic() - entered <= self._limit_s:
-                continue
-            if not self._fired:
-                self._fired = True
-                signal.pthread_kill(threading.main_thread().ident or 0, _SIGNAL)
-            elif time.monotonic() - entered > self._limit_s + self._grace_s:
-                print(f"error: {self._message()} and cannot be interrupted", file=sys.stderr, flush=True)
-                os._exit(1)
+    def _check_step(self) -> None:
+        """Called from the thread that watches: end a step that takes too long."""
+        entered = self._entered
+        if entered is None or time.monotonic() - entered <= self._limit_s:
+            return
+        if not self._fired:
+            self._fired = True
+            signal.pthread_kill(threading.main_thread().ident or 0, _SIGNAL)
+        elif time.monotonic() - entered > self._limit_s + self._grace_s:
+            print(f"error: {self._message()} and cannot be interrupted", file=sys.stderr, flush=True)
+            os._exit(1)
+
+
+def _watch(reference: weakref.ref[Watchdog], look_again_s: float) -> None:
+    while True:
+        time.sleep(look_again_s)
+        watchdog = reference()
+        if watchdog is None:
+            return
+        watchdog._check_step()
+        del watchdog  # while it sleeps, the thread keeps nothing alive

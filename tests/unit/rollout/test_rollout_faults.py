@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import threading
 import time
 from typing import Any
 
@@ -16,6 +17,7 @@ from appo_lightning.rollout.limits import RolloutLimits
 from appo_lightning.rollout.loop import RolloutLoop
 from appo_lightning.rollout.seeds import derive_seed
 from appo_lightning.rollout.tree import score_rewards
+from appo_lightning.rollout.watchdog import Watchdog
 from appo_lightning.samplers.base import Completion, SampleRequest
 from helpers.scripted import EchoTool, LengthReward, ScriptedSampler, make_task, scripted_tokenizer
 from helpers.tiny import EOS
@@ -172,6 +174,24 @@ print("went on")
     assert ended.stderr == (
         "error: the engine sampled no token for 0.2 seconds (data.rollout.stall_timeout_s) and cannot be interrupted\n"
     )
+
+
+def test_one_thread_watches_run_after_run_and_ends_with_the_watchdog():
+    def watching() -> set[threading.Thread]:
+        return {thread for thread in threading.enumerate() if thread.name == "appo-watchdog"} - before
+
+    before = {thread for thread in threading.enumerate() if thread.name == "appo-watchdog"}
+    watchdog = Watchdog(0.2)
+    for _ in range(3):
+        with watchdog.watching():
+            assert watchdog.guard(lambda: "well") == "well"
+    (thread,) = watching()
+    with watchdog.watching(), pytest.raises(EngineFailure, match=r"sampled no token for 0.2 seconds"):
+        watchdog.guard(lambda: time.sleep(20))
+    assert watching() == {thread}
+    del watchdog
+    thread.join(10)
+    assert not thread.is_alive()
 
 
 def test_a_slow_engine_that_samples_is_no_stall():
