@@ -50,6 +50,7 @@ WATCHED: list[tuple[str, str, str]] = [
     ("appo_lightning.rollout.loop", "RolloutLoop.run", "loop"),
     # Only a wait in which no rollout can go on is the tools': a look at what has ended is the loop's.
     ("appo_lightning.rollout.loop", "RolloutLoop._wait_for_tools", "tools"),
+    ("appo_lightning.rollout.closer", "Closer.wait", "tools"),  # all rollouts are over, some sessions are not
     ("appo_lightning.rollout.runner", "score_rewards", "reward"),
     ("appo_lightning.rollout.runner", "plan_branches", "plan and batch"),
     ("appo_lightning.rollout.runner", "build_batch", "plan and batch"),
@@ -68,6 +69,7 @@ WATCHED: list[tuple[str, str, str]] = [
     ("appo_lightning.module", "AppoModule._loss", "forward and backward"),
     ("lightning.pytorch", "LightningModule.manual_backward", "forward and backward"),
     ("torch.optim", "AdamW.step", "optimiser"),
+    ("torch.optim", "AdamW.zero_grad", "optimiser"),
     ("appo_lightning.policy_module", "PolicyModule._clip_gradients", "optimiser"),
     ("lightning.pytorch", "Trainer.save_checkpoint", "checkpoint"),
 ]

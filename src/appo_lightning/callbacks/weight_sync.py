@@ -85,6 +85,7 @@ class SamplerWeightSync(L.Callback):
             data.sampler.expect_adapter(lora.rank)
         data.push_weights, data.check_gap = self.push_if_moved, self.check_gap
         self._data = data
+        self._watchdog = Watchdog(data.rollout.stall_timeout_s)
         self._pushed = None  # a checkpoint may have been restored since
 
     def push_if_moved(self, *, alone: bool = False) -> None:
@@ -183,10 +184,10 @@ class SamplerWeightSync(L.Callback):
     def _ask(self, requests: Sequence[SampleRequest]) -> list[Completion]:
         if not requests:
             return []
-        sampler, watchdog = self._data.sampler, Watchdog(self._data.rollout.stall_timeout_s)
+        sampler = self._data.sampler
         try:
-            with watchdog.watching():
-                return watchdog.guard(lambda: generate(sampler, requests))
+            with self._watchdog.watching():
+                return self._watchdog.guard(lambda: generate(sampler, requests))
         except AppoError:
             raise
         except Exception as error:
