@@ -39,29 +39,38 @@ class RolloutProgressBar(TQDMProgressBar):
     def __init__(self, refresh_rate: int = 1) -> None:
         super().__init__(refresh_rate=refresh_rate)
         self._rollouts: _RolloutBar | None = None  # made once: a new one takes longer than drawing it
-        self._stage: str | None = None  # that the bar shows; None: it is wiped out
-        self._due = 0.0
+        self._stage: str | None = None  # whose rollouts are under way
+        self._began = self._due = 0.0  # of this stage, by tqdm's clock; of the next draw
+        self._shown = False
 
     def rollout(self, stage: str, done: int, total: int) -> None:
-        """Show how many rollouts of a stage are finished."""
-        now = time.monotonic()
-        if done < total and now < self._due and stage == self._stage:
-            return
+        """Show how many rollouts of a stage are finished; not of one that is over before the first draw is due."""
         if not self.is_enabled:
             return
-        if self._rollouts is None:
-            self._rollouts = _RolloutBar(total=total, position=2, leave=False, file=sys.stdout, dynamic_ncols=True)
-        self._due = now + _INTERVAL
+        now = time.monotonic()
+        if stage != self._stage:
+            self._stage, self._began, self._due = stage, time.time(), now + _INTERVAL
         if done == total:
-            self._rollouts.clear()
+            self._wipe_out()
             self._stage = None
-        elif stage != self._stage:
-            self._rollouts.set_description_str(f"  {stage}", refresh=False)
-            self._rollouts.reset(total)
-            self._stage = stage
-        else:
-            self._rollouts.n = done
-            self._rollouts.refresh()
+        elif now >= self._due:
+            self._due = now + _INTERVAL
+            self._show(done, total)
+
+    def _show(self, done: int, total: int) -> None:
+        if self._rollouts is None:
+            self._rollouts = _RolloutBar(
+                total=total, position=2, leave=False, file=sys.stdout, dynamic_ncols=True, delay=_INTERVAL
+            )
+        bar, self._shown = self._rollouts, True
+        bar.set_description_str(f"  {self._stage}", refresh=False)
+        bar.n, bar.total, bar.start_t = done, total, self._began
+        bar.refresh()
+
+    def _wipe_out(self) -> None:
+        if self._rollouts is not None and self._shown:
+            self._rollouts.clear()
+            self._shown = False
 
     # Before the bar above it, which leaves the cursor where the next line begins.
 
@@ -86,6 +95,7 @@ class RolloutProgressBar(TQDMProgressBar):
 
     def _close(self) -> None:
         if self._rollouts is not None:
+            self._wipe_out()
             self._rollouts.close()
             self._rollouts = self._stage = None
 
