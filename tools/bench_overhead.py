@@ -8,6 +8,10 @@ thread belongs to exactly one row: that of the innermost wrapped function that i
 Lightning's. A weight push and the checks after it have two rows each: what the engine and the policy do in them, and
 the rest. The clock starts after whole phases that warm up, and runs for whole phases. What the watching itself takes
 is measured afterwards and taken out of the rows.
+
+In the loop the main thread waits for nothing of its own. Where its clock goes on and its CPU time does not, a tool's
+thread holds the interpreter or a tool's process the core: the row "loop: tools". The control is the engine, which on a
+CPU computes in the same thread, in the second setting, where no tool is called: "engine waits" is 0 there.
 """
 
 from __future__ import annotations
@@ -29,7 +33,8 @@ from typing import Any
 
 from benchmarking import machine, write_figures
 
-USEFUL = ("engine", "tools", "forward", "forward and backward", "optimiser")
+BESIDE = "loop: tools"  # what tools beside the loop take from it
+USEFUL = ("engine", "tools", BESIDE, "forward", "forward and backward", "optimiser")
 SEALED = ("weight push", "sync checks")  # own what happens inside
 INSIDE = {row: f"{row}: engine, policy" for row in SEALED}  # the engine's steps and packing, the policy's forward pass
 ROWS = (
@@ -120,6 +125,12 @@ class Clock:
             self._book()
             self._rows.pop()
 
+    def give_waits_to_tools(self) -> None:
+        """Leave the loop what it computes."""
+        waited = max(0.0, self.seconds["loop"] - self.cpu_seconds["loop"])
+        self.seconds["loop"] -= waited
+        self.seconds[BESIDE] += waited
+
     def take_out_claims(self) -> None:
         """Take out of the rows what claiming them took, measured on calls of nothing."""
         idle, calls = Clock(), 20_000
@@ -181,16 +192,21 @@ def measure(arguments: list[str], *, warm_up: int, steps: int) -> dict[str, Any]
     watch(clock)
     lightning_cli.run("fit", [*arguments, "--trainer.max_steps", str(warm_up + steps)])
     clock.take_out_claims()
+    clock.give_waits_to_tools()
     total, cpu_total = sum(clock.seconds.values()), sum(clock.cpu_seconds.values())
+    overhead = 1 - sum(clock.seconds[row] for row in (*USEFUL, *INSIDE.values())) / total
+    waits = clock.seconds[BESIDE] / total
     return {
         "steps": steps,
         "seconds_per_step": total / steps,
         "response_tokens": sum(tokens) / len(tokens),
         "seconds": {row: clock.seconds[row] / steps for row in ROWS},
         "cpu_seconds": {row: clock.cpu_seconds[row] / steps for row in ROWS},
-        "overhead_share": 1 - sum(clock.seconds[row] for row in (*USEFUL, *INSIDE.values())) / total,
+        "engine_waits": 1 - clock.cpu_seconds["engine"] / clock.seconds["engine"],
+        "overhead_share": overhead,
         "cpu_overhead_share": 1 - sum(clock.cpu_seconds[row] for row in (*USEFUL, *INSIDE.values())) / cpu_total,
-        "overhead_share_with_pushes": 1 - sum(clock.seconds[row] for row in USEFUL) / total,
+        "overhead_share_with_waits": overhead + waits,
+        "overhead_share_with_pushes": overhead + waits + sum(clock.seconds[row] for row in INSIDE.values()) / total,
     }
 
 
@@ -240,22 +256,24 @@ def run_setting(name: str, policy: str, folder: str) -> dict[str, Any]:
 
 def print_table(results: dict[str, dict[str, Any]]) -> None:
     """Seconds and shares by row."""
-    print(f"{'seconds per mini-batch':28}" + "".join(f"{name:>24}" for name in results))
+    print(f"{'seconds per mini-batch':30}" + "".join(f"{name:>24}" for name in results))
     for row in ROWS:
         cells = (
             f"{result['seconds'][row]:14.3f}{result['seconds'][row] / result['seconds_per_step']:10.1%}"
             for result in results.values()
         )
-        print(f"{row:28}" + "".join(cells))
-    print(f"{'all':28}" + "".join(f"{result['seconds_per_step']:14.3f}{1:10.1%}" for result in results.values()))
+        print(f"{row:30}" + "".join(cells))
+    print(f"{'all':30}" + "".join(f"{result['seconds_per_step']:14.3f}{1:10.1%}" for result in results.values()))
     shares = {
-        "all but engine and policy": "overhead_share",
+        "engine waits": "engine_waits",
+        "all but engine, tools, policy": "overhead_share",
         "  by CPU time": "cpu_overhead_share",
+        "  and the loop's waits": "overhead_share_with_waits",
         "  and pushes, checks whole": "overhead_share_with_pushes",
     }
     for name, key in shares.items():
-        print(f"{name:28}" + "".join(f"{result[key]:24.1%}" for result in results.values()))
-    print(f"{'tokens per response':28}" + "".join(f"{result['response_tokens']:24,.0f}" for result in results.values()))
+        print(f"{name:30}" + "".join(f"{result[key]:24.1%}" for result in results.values()))
+    print(f"{'tokens per response':30}" + "".join(f"{result['response_tokens']:24,.0f}" for result in results.values()))
 
 
 def main() -> None:
