@@ -253,6 +253,24 @@ def test_half_precision_shares_too(path, dtype) -> None:
     assert float((ours - theirs).abs().mean()) < 0.1  # bfloat16 keeps eight bits of logits of some ten nats
 
 
+def test_no_gradient_is_added_up_by_threads_in_any_order(path) -> None:
+    # The gradient of values[index] is, with several threads and an index that repeats: torch adds it up with atomics.
+    rows = [[7, 8, 1, 2], [7, 8, 3], [7, 8, 1, 4]]
+    ((order, packing),) = packed(rows, budget=20)
+    token_ids, lengths = padded([rows[row] for row in order])
+    policy = CausalPolicy(PolicyOptions(path))
+    policy.share_prefixes()
+    found, ahead = set(), [policy.score(token_ids, lengths, packing=packing).logprobs.sum().grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            ahead += [before for before, _ in node.next_functions]
+    names = {node.name() for node in found}
+    assert "IndexSelectBackward0" in names
+    assert "IndexBackward0" not in names
+
+
 def test_packs_are_planned_on_the_cpu_whatever_the_default_device(path) -> None:
     """Lightning builds the policy with the GPU as default device."""
     policy = CausalPolicy(PolicyOptions(path))

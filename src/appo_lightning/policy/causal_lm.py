@@ -101,7 +101,8 @@ class CausalPolicy(nn.Module):
             return out + 0.0 * unused.sum(), out if with_entropy else None
         logprobs, entropies = chunked_scores(
             head,
-            hidden[rows, before],
+            # Not hidden[rows, before]: where one is before several, threads would add up its gradient in any order.
+            hidden.flatten(0, 1).index_select(0, rows * hidden.shape[1] + before),
             token_ids[rows, columns],
             temperature=temperature,
             with_entropy=with_entropy,

@@ -55,7 +55,8 @@ class TreePacking:
 
     def unpack(self, values: Tensor, mask: Tensor) -> Tensor:
         """[B, L] values of each row's tokens from those of the pack [1, N]; 0 outside the mask."""
-        return values[0, self.place].masked_fill(~mask, 0.0)
+        # Not values[0, place]: threads would add up its gradient in any order.
+        return values[0].index_select(0, self.place.flatten()).view_as(self.place).masked_fill(~mask, 0.0)
 
 
 def plan_packs(token_ids: Tensor, lengths: Tensor, *, budget: int) -> list[Pack]:
