@@ -5,13 +5,17 @@ import dataclasses
 import numpy as np
 import pytest
 
-from appo_lightning.rollout.phase import tokens_of
 from appo_lightning.rollout.runner import PhaseRunner
 from appo_lightning.rollout.tree import BranchingOptions
 from appo_lightning.sources import RolloutSource
-from helpers.training import Run, fit, make_checkpoint
+from helpers.training import Result, Run, fit, make_checkpoint
 
 METRICS = ("policy/entropy", "loss/policy", "loss/approx_kl", "credit/likelihood_gain_abs", "credit/influence")
+
+
+def assert_same_weights(first: Result, second: Result) -> None:
+    for name, weight in second.weights.items():
+        np.testing.assert_allclose(first.weights[name], weight, rtol=0, atol=1e-5, err_msg=name)
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +47,7 @@ def test_no_forward_of_its_own_is_made(alone, beside):
 
 def test_it_learns_the_same(alone, beside):
     assert alone.global_step == beside.global_step == 3
-    for name, weight in beside.weights.items():
-        np.testing.assert_allclose(alone.weights[name], weight, rtol=0, atol=1e-5, err_msg=name)
+    assert_same_weights(alone, beside)
 
 
 @pytest.mark.parametrize("name", METRICS)
@@ -93,9 +96,7 @@ def branches_beside(branched):
 
     def scored(runner, *args):
         branches = branch(runner, *args)
-        continued = [[branch.trajectory for branch in group] for group in branches.sampled]
-        flat = [trajectory for group in continued for trajectory in group]
-        branches.old = runner._score(flat).split(tokens_of(continued))
+        branches.old = runner._score_branches(branches)
         return branches
 
     with pytest.MonkeyPatch.context() as patch:
@@ -105,8 +106,7 @@ def branches_beside(branched):
 
 def test_trained_branches_teach_the_same(branches_alone, branches_beside):
     assert branches_alone.global_step == branches_beside.global_step == 4
-    for name, weight in branches_beside.weights.items():
-        np.testing.assert_allclose(branches_alone.weights[name], weight, rtol=0, atol=1e-5, err_msg=name)
+    assert_same_weights(branches_alone, branches_beside)
 
 
 @pytest.mark.parametrize("name", METRICS)

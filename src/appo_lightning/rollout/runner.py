@@ -137,9 +137,7 @@ class PhaseRunner:
         seed = derive_seed(self.seed, phase.index, "branches")
         branches = self._branch(phase, range(len(phase.tasks)), TraceScores.joined(phase.old), seed)
         if self.train_branches:
-            continued = [[branch.trajectory for branch in group] for group in branches.sampled]
-            flat = [trajectory for group in continued for trajectory in group]
-            branches.old = self._score(flat).split(tokens_of(continued))
+            branches.old = self._score_branches(branches)
         phase.branches = branches
 
     def mini_batch(self, phase: Phase, rows: range, *, visit: int) -> ProcedureBatch:
@@ -262,6 +260,11 @@ class PhaseRunner:
         scores = self.policy.score(trajectories, temperature=self.limits.temperature)
         self.times.score += time.monotonic() - started
         return scores
+
+    def _score_branches(self, branches: Branches) -> list[TraceScores]:
+        """Per task."""
+        continued = [[branch.trajectory for branch in group] for group in branches.sampled]
+        return self._score([trajectory for group in continued for trajectory in group]).split(tokens_of(continued))
 
     def _reward(self, task: Task, trajectories: list[Trajectory]) -> None:
         started = time.monotonic()
